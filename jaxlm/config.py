@@ -1,0 +1,415 @@
+"""Every option of jaxlm: its type, default, range and one-line meaning. Loads no jax.
+
+A run is one `RunConfig`. It comes from a YAML file plus `--set a.b=c` overrides (`load`), or is built in Python.
+All models are frozen and hashable, so they serve as static arguments of jitted functions.
+
+A field marked `cosmetic(...)` does not decide any result (log intervals, paths): it stays out of a stage's identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from jaxlm.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def cosmetic(default: Any, **kwargs: Any) -> Any:
+    """A field that changes no result, and so is left out of stage identities."""
+    return Field(default, json_schema_extra={"cosmetic": True}, **kwargs)
+
+
+M = TypeVar("M", bound="Frozen")
+
+
+class Frozen(BaseModel):
+    """Immutable, hashable, strict about names and about finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`, validated again from the start.
+
+        Raises:
+            InputError: an unknown field or a value out of range.
+        """
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return validated(type(self), {**values, **changes})
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide a result, as plain JSON values (cosmetic ones left out, at any depth)."""
+        out: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("cosmetic"):
+                continue
+            value = getattr(self, name)
+            out[name] = value.identity() if isinstance(value, Frozen) else _plain(value)
+        return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+class RopeScaling(Frozen):
+    """The `llama3` stretching of rotary frequencies (Llama 3.1 release, `rope_scaling`)."""
+
+    factor: float = Field(8.0, ge=1.0, description="how many times slower the slowest frequencies turn")
+    low_freq_factor: float = Field(1.0, gt=0, description="wavelengths above original_max_len / this are stretched fully")
+    high_freq_factor: float = Field(4.0, gt=0, description="wavelengths below original_max_len / this are left alone")
+    original_max_len: Positive = Field(8192, description="context length that the model was first trained with")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be above low_freq_factor")
+        return self
+
+
+class ModelConfig(Frozen):
+    """The shape of a decoder-only Transformer (or a bigram table). Defaults are a small modern model."""
+
+    kind: Literal["transformer", "bigram"] = Field("transformer", description="bigram: logits are a row of a [V, V] table")
+    vocab_size: Positive = Field(256, description="V; taken from the tokenizer in a run")
+    n_layers: Positive = Field(4, description="L")
+    d_model: Positive = Field(128, description="D")
+    n_heads: Positive = Field(4, description="H, query heads")
+    n_kv_heads: Positive | None = Field(None, description="K, key/value heads; empty: H")
+    head_dim: Positive | None = Field(None, description="h; empty: D / H")
+    d_ff: Positive | None = Field(None, description="F, MLP width; empty: 4 D")
+    max_seq_len: Positive = Field(1024, description="longest sequence that positions exist for")
+
+    norm: Literal["layer", "rms"] = Field("rms", description="LayerNorm or RMSNorm")
+    norm_position: Literal["pre", "post"] = Field("pre", description="before the sublayer, or after the residual sum")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance")
+    norm_scale: bool = Field(True, description="a learned gain in each norm")
+    norm_bias: bool = Field(False, description="a learned bias in each LayerNorm")
+    final_norm: bool = Field(True, description="one more norm before the head")
+    position: Literal["learned", "sinusoidal", "rotary", "none"] = Field("rotary", description="how positions enter")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wavelengths")
+    rope_scaling: RopeScaling | None = Field(None, description="llama3 scaling of the rotary frequencies")
+    embed_scale: Literal["none", "sqrt_d"] = Field("none", description="sqrt_d: token embeddings times the root of D")
+    mlp: Literal["relu", "gelu", "gelu_tanh", "swiglu", "relu2"] = Field("gelu_tanh", description="MLP activation")
+    attn_bias: bool = Field(False, description="biases on q, k and v")
+    attn_out_bias: bool = Field(False, description="a bias on the attention output")
+    mlp_bias: bool = Field(False, description="biases in the MLP")
+    head_bias: bool = Field(False, description="a bias on the logits")
+    qk_norm: bool = Field(False, description="RMS norm on each head of q and k")
+    qk_norm_scale: bool = Field(True, description="a learned gain in the q and k norms")
+    tie_embeddings: bool = Field(True, description="the head is the token embedding, transposed")
+    logit_softcap: float | None = Field(None, gt=0, description="logits pass through c tanh(x / c)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and both residual branches, in training")
+
+    init_std: float = Field(0.02, gt=0, description="standard deviation of embeddings and matrices")
+    init_scheme: Literal["normal", "fan_in"] = Field("normal", description="fan_in: matrices get 1/sqrt(inputs) instead")
+    zero_init_out: bool = Field(False, description="attention and MLP output matrices start at zero")
+    zero_init_head: bool = Field(False, description="an untied head starts at zero")
+
+    compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of activations and products")
+    scan_layers: bool = Field(False, description="loop over layers with a scan: compiles sooner, runs slower on CPU")
+    remat: bool = Field(False, description="recompute each block in the backward pass to save memory")
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def d_head(self) -> int:
+        """h."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def ff(self) -> int:
+        """F."""
+        return self.d_ff or 4 * self.d_model
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.kind == "bigram":
+            return self
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}, or set head_dim")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads={self.kv_heads} must divide n_heads={self.n_heads}")
+        if self.position == "rotary" and self.d_head % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found {self.d_head}")
+        if self.position == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"sinusoidal positions need an even d_model, found {self.d_model}")
+        if self.norm_bias and self.norm == "rms":
+            raise ValueError("norm_bias needs norm=layer: RMSNorm has no bias")
+        if self.zero_init_head and self.tie_embeddings:
+            raise ValueError("zero_init_head needs tie_embeddings=false: a tied head is the embedding")
+        if self.rope_scaling is not None and self.position != "rotary":
+            raise ValueError("rope_scaling needs position=rotary")
+        return self
+
+
+class TrainOptions(Frozen):
+    """How parameters are fitted: batch, optimizer, schedule, and how often to look."""
+
+    steps: Positive = Field(1000, description="optimizer steps")
+    batch_size: Positive = Field(16, description="rows of seq_len tokens per step, over all devices")
+    grad_accum_steps: Positive = Field(1, description="microbatches per step, run one after another")
+
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for the matrices, Adam for the rest")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW, or of Adam beside Muon")
+    muon_learning_rate: float = Field(0.02, gt=0, description="peak rate of Muon")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of the weights marked so in the weight table")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second-moment decay")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = Field("cosine", description="shape after the warm-up")
+    warmup_steps: NonNegative = Field(0, description="steps of linear warm-up from zero")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps spent in the final decay")
+    final_lr_ratio: Fraction = Field(0.1, description="last rate over the peak rate")
+
+    loss_chunk: NonNegative = Field(0, description="tokens per chunk of the cross-entropy; 0: all logits at once")
+    on_nonfinite: Literal["halt", "skip"] = Field("halt", description="what a non-finite loss or gradient does")
+    max_skips: Positive = Field(20, description="with on_nonfinite=skip: more skipped steps than this end the run")
+
+    eval_every: NonNegative = cosmetic(0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_rows: NonNegative = cosmetic(0, ge=0, description="validation rows per evaluation during training; 0: all")
+    checkpoint_every: NonNegative = cosmetic(0, ge=0, description="steps between checkpoints; 0: by time alone")
+    checkpoint_seconds: float = cosmetic(60.0, gt=0, description="save when this long since the last checkpoint")
+    keep_checkpoints: Positive = cosmetic(2, gt=0, description="newest checkpoints kept, beside the best")
+    log_every: Positive = cosmetic(10, gt=0, description="steps between lines of metrics.jsonl")
+    sample_tokens: NonNegative = cosmetic(48, ge=0, description="length of the text sampled at each evaluation; 0: none")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(f"grad_accum_steps={self.grad_accum_steps} must divide batch_size={self.batch_size}")
+        return self
+
+
+class TrainConfig(TrainOptions):
+    """What `jaxlm.train` needs: the options and the model they are for."""
+
+    model: ModelConfig = ModelConfig()
+
+
+class DataConfig(Frozen):
+    """Where the text comes from and how it is cut into rows."""
+
+    source: str = Field("storyworld", description="storyworld, a name from jaxlm.data.sources, or file")
+    path: str | None = Field(None, description="source=file: a UTF-8 text file (or .jsonl with a text field), or a directory")
+    url: str | None = Field(None, description="source=file: fetch it from here instead of path")
+    size: Positive | None = Field(None, description="bytes of the download at url")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of the file")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="last share of the characters kept for validation")
+    world: Literal["small", "rich"] = Field("small", description="storyworld: which world")
+    n_stories: Positive = Field(20000, description="storyworld: training stories")
+    n_val_stories: Positive = Field(500, description="storyworld: validation stories")
+    pack: Literal["stream", "documents"] = Field("stream", description="documents: no row attends across a document's edge")
+    seq_len: Positive = Field(128, description="T, tokens per row")
+
+    @model_validator(mode="after")
+    def _source_fits(self) -> Self:
+        if self.source == "file" and (self.path is None) == (self.url is None):
+            raise ValueError("source=file needs one of path and url")
+        if self.source != "file" and (self.path is not None or self.url is not None):
+            raise ValueError(f"path and url belong to source=file, not to source={self.source}")
+        if self.url is not None and (self.sha256 is None or self.size is None):
+            raise ValueError("url needs size and sha256, so that what arrives can be checked")
+        return self
+
+
+class TokenizerConfig(Frozen):
+    """Which tokenizer, and how it is made from the training text."""
+
+    kind: Literal["char", "word", "bpe", "named"] = Field("word", description="named: a published encoding or a directory")
+    name: str | None = Field(None, description="kind=named: gpt2, cl100k_base, a directory or a tokenizer.json")
+    vocab_size: Positive = Field(4096, description="kind=bpe: merges are learned up to this size")
+    unk: bool = Field(True, description="kind=char or word: unknown pieces become [UNK]; false: they are an error")
+
+    @model_validator(mode="after")
+    def _name_fits(self) -> Self:
+        if (self.kind == "named") != (self.name is not None):
+            raise ValueError("name goes with kind=named, and only with it")
+        return self
+
+
+class PretrainConfig(Frozen):
+    """Where pretraining starts from."""
+
+    init_from: str | None = Field(None, description="a run, a stage directory or a checkpoint to start from; empty: scratch")
+    init_optimizer: bool = Field(False, description="take the optimizer state along with the parameters")
+
+
+class SftConfig(Frozen):
+    """Supervised fine-tuning on prompt/response pairs; the loss counts response tokens only."""
+
+    enabled: bool = Field(True, description="false: the pipeline ends after pretraining and its evaluation")
+    source: str = Field("storyworld", description="storyworld questions, a name from jaxlm.data.sources, or file")
+    path: str | None = Field(None, description="source=file: .jsonl or .json of prompt/response, instruction/output or messages")
+    n_examples: Positive = Field(8000, description="storyworld: questions to train on")
+    template: str = Field("{prompt} ", description="text before the response; {prompt} is replaced")
+    train: TrainOptions = TrainOptions()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.source == "file") != (self.path is not None):
+            raise ValueError("path goes with source=file, and only with it")
+        if "{prompt}" not in self.template:
+            raise ValueError("template must contain {prompt}")
+        return self
+
+
+class EvalConfig(Frozen):
+    """What the evaluation measures."""
+
+    batch_size: Positive = cosmetic(32, gt=0, description="rows per evaluation batch")
+    n_questions: Positive = Field(400, description="held-out questions asked, over all types")
+    max_new_tokens: Positive = Field(16, description="longest answer")
+    n_samples: NonNegative = Field(4, description="texts sampled for the report")
+    sample_tokens: Positive = Field(80, description="length of each sampled text")
+    temperature: float = Field(0.8, ge=0, description="of the samples; questions are answered greedily")
+    top_p: Fraction = Field(0.95, description="of the samples")
+
+
+class RunConfig(Frozen):
+    """One run of the pipeline."""
+
+    name: str = cosmetic("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names runs/<name>")
+    root: str = cosmetic(".", description="directory that holds store/ and runs/")
+    launcher: Literal["process", "inline"] = cosmetic("process", description="inline: run stages in the calling process")
+    seed: NonNegative = Field(0, description="decides initialisation, data order, dropout and samples")
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainOptions = TrainOptions()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft: SftConfig = SftConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "preset" in value:
+            from jaxlm.presets import preset
+
+            overrides = {key: item for key, item in value.items() if key != "preset"}
+            return preset(str(value["preset"]), **overrides)
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model.kind == "transformer" and self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(f"data.seq_len={self.data.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
+        if self.sft.enabled and self.sft.source == "storyworld" and self.data.source != "storyworld":
+            raise ValueError(
+                f"sft.source=storyworld needs data.source=storyworld, found {self.data.source}; "
+                "set sft.enabled=false or another sft.source"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a YAML file and applies `a.b=c` overrides (values are parsed as YAML).
+
+    Args:
+        path: the file. A bare name such as `quickstart` also finds `configs/quickstart.yaml`.
+        overrides: strings such as `train.steps=500`.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, a value out of range, fields that do not fit together.
+    """
+    file = find_config(path)
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{file}: not a readable YAML file ({' '.join(str(error).split())}); fix the file.") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: expected a mapping of sections at the top, found {type(values).__name__}.")
+    values.setdefault("name", file.stem)
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(RunConfig, values, where=str(file))
+
+
+def find_config(path: str | Path) -> Path:
+    """The file for a path or for the bare name of a checked-in config.
+
+    Raises:
+        InputError: neither exists.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    if os.sep not in str(path) and not file.suffix:
+        for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
+            if (folder / f"{path}.yaml").is_file():
+                return folder / f"{path}.yaml"
+    raise InputError(f"{path}: no such configuration file; pass a path to a YAML file such as configs/quickstart.yaml.")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: expected section.field=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not readable as YAML; quote it.") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {override}: {parent} is not a section.")
+        node = child
+    node[last] = value
+
+
+def validated(model: type[M], values: dict[str, Any], where: str = "") -> M:
+    """Builds `model` from `values`; every problem becomes one `InputError` sentence with the nearest valid name."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_sentence(model, item) for item in error.errors())
+        raise InputError(f"{where}: {problems}." if where else f"{problems}.") from None
+
+
+def _sentence(model: type[BaseModel], error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    field = ".".join(path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        names = _names_at(model, path[:-1])
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(sorted(names))}"
+        return f"{field}: unknown option; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not path or isinstance(error["input"], (dict, BaseModel)):
+        return f"{field}: {message}" if path else message
+    return f"{field}: {message[0].lower()}{message[1:]}, found {error['input']!r}"
+
+
+def _names_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        inner = [item for item in (annotation, *get_args(annotation)) if isinstance(item, type)]
+        model = next((item for item in inner if issubclass(item, BaseModel)), model)
+    return [*model.model_fields, *(["preset"] if model is ModelConfig else [])]

@@ -1,0 +1,44 @@
+"""Grouped-query scaled dot-product attention, and the masks that go with it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row with nothing to attend to gives a mean and not NaN.
+MASKED = -1e30
+
+
+def training_mask(length: int, segment_ids: jax.Array | None) -> jax.Array:
+    """True where a query may see a key: bool[1 or B, T, T]; causal, and within one document when segments are given."""
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids is None:
+        return causal
+    return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def cache_mask(length: jax.Array, new: int, capacity: int) -> jax.Array:
+    """bool[B, T, S]: query t of a row with `length` int32[B] tokens held sees places 0 .. length + t."""
+    last = length[:, None] + jnp.arange(new)[None, :]
+    return jnp.arange(capacity)[None, None, :] <= last[:, :, None]
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention with H query heads over K key/value heads (head i reads key head i // (H/K)).
+
+    Args:
+        q: [B, H, T, h].
+        k, v: [B, K, S, h].
+        mask: bool[1 or B, T, S], True where the query sees the key.
+
+    Returns:
+        [B, H, T, h] in q's type. Scores and softmax are float32.
+
+    Source: Vaswani et al. (arXiv 1706.03762), eq. 1; Ainslie et al. (arXiv 2305.13245) for grouped queries.
+    """
+    b, heads, t, h = q.shape
+    kv = k.shape[1]
+    grouped = (q * h**-0.5).reshape(b, kv, heads // kv, t, h)
+    scores = jnp.einsum("bkgth,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bksh->bkgth", probs, v).reshape(b, heads, t, h)

@@ -1,0 +1,193 @@
+"""The Linen layers. Each declares its weights once: shape, initializer and logical axes.
+
+Logical axes name what a dimension is (`embed`, `heads`, `kv`, `mlp`, `vocab`), so that a sharding-rules table can place
+every weight without knowing the layers. Nothing outside `jaxlm.model` holds one of these modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+from jaxlm.model import cache as kv_cache
+from jaxlm.model.attention import attend
+from jaxlm.model.positions import rotate
+
+Init = Callable[..., jax.Array]
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares.
+
+    Attributes:
+        mask: bool[1 or B, T, S].
+        rotary: cosines and sines, each float32[B, 1, T, h/2], or None.
+        length: int32[B], tokens held in the cache before this call, or None without a cache.
+        dropout_key: a key for this block, or None when dropout is off.
+    """
+
+    mask: jax.Array
+    rotary: tuple[jax.Array, jax.Array] | None
+    length: jax.Array | None
+    dropout_key: jax.Array | None
+
+
+def declared(init: Init, *axes: str | None) -> Any:
+    """An initializer that also carries the logical axes of its weight."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def matrix_init(cfg: ModelConfig, fan_in: int, *, output: bool = False) -> Init:
+    """Initializer of a matrix; `output` marks those that write to the residual stream.
+
+    Output matrices shrink by 1/sqrt(2 L), so that the stream's variance does not grow with depth
+    (Radford et al., GPT-2, section 2.3).
+    """
+    if output and cfg.zero_init_out:
+        return nn.initializers.zeros
+    std = cfg.init_std if cfg.init_scheme == "normal" else fan_in**-0.5
+    return nn.initializers.normal(std / math.sqrt(2 * cfg.n_layers) if output else std)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x and scales the rest up; the identity when `key` is None or the rate is 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32 (arXiv 1607.06450, 1910.07467)."""
+
+    kind: str
+    eps: float
+    use_scale: bool
+    use_bias: bool
+    axis_name: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        if self.use_scale:
+            y = y * self.param("scale", declared(nn.initializers.ones, self.axis_name), (x.shape[-1],), jnp.float32)
+        if self.use_bias:
+            y = y + self.param("bias", declared(nn.initializers.zeros, self.axis_name), (x.shape[-1],), jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias); the kernel is [inputs, outputs]."""
+
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Init
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", declared(self.kernel_init, *self.axes), (x.shape[-1], self.features), jnp.float32)
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", declared(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Self-attention over x [B, T, D]; with cached keys and values when given."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ctx: Context, cached: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cfg = self.cfg
+        b, t, d = x.shape
+        heads, kv, h = cfg.n_heads, cfg.kv_heads, cfg.d_head
+
+        def project(name: str, count: int, axis: str) -> jax.Array:
+            y = Linear(count * h, ("embed", axis), matrix_init(cfg, d), cfg.attn_bias, name=name)(x)
+            y = y.reshape(b, t, count, h)
+            if cfg.qk_norm and name != "v":
+                y = Norm("rms", cfg.norm_eps, cfg.qk_norm_scale, False, "head_dim", name=f"{name}_norm")(y)
+            return y.swapaxes(1, 2)
+
+        with jax.named_scope("qkv"):
+            q, k, v = project("q", heads, "heads"), project("k", kv, "kv"), project("v", kv, "kv")
+            if ctx.rotary is not None:
+                q, k = rotate(q, *ctx.rotary), rotate(k, *ctx.rotary)
+        if cached is not None:
+            assert ctx.length is not None
+            cached = (
+                kv_cache.write(cached[0], k.swapaxes(1, 2), ctx.length),
+                kv_cache.write(cached[1], v.swapaxes(1, 2), ctx.length),
+            )
+            k, v = cached[0].swapaxes(1, 2).astype(q.dtype), cached[1].swapaxes(1, 2).astype(q.dtype)
+        with jax.named_scope("attend"):
+            y = attend(q, k, v, ctx.mask)
+        self.sow("intermediates", "out", y)
+        y = y.swapaxes(1, 2).reshape(b, t, heads * h)
+        init = matrix_init(cfg, heads * h, output=True)
+        return Linear(d, ("heads", "embed"), init, cfg.attn_out_bias, name="o")(y), cached
+
+
+class Mlp(nn.Module):
+    """The position-wise network, x [B, T, D] -> [B, T, D]."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        d = x.shape[-1]
+        up = Linear(cfg.ff, ("embed", "mlp"), matrix_init(cfg, d), cfg.mlp_bias, name="up")(x)
+        match cfg.mlp:
+            case "relu":
+                y = jax.nn.relu(up)
+            case "gelu":
+                y = jax.nn.gelu(up, approximate=False)
+            case "gelu_tanh":
+                y = jax.nn.gelu(up, approximate=True)
+            case "relu2":  # So et al., Primer (arXiv 2109.08668)
+                y = jnp.square(jax.nn.relu(up))
+            case "swiglu":  # Shazeer (arXiv 2002.05202)
+                gate = Linear(cfg.ff, ("embed", "mlp"), matrix_init(cfg, d), cfg.mlp_bias, name="gate")(x)
+                y = jax.nn.silu(gate) * up
+        init = matrix_init(cfg, cfg.ff, output=True)
+        return Linear(d, ("mlp", "embed"), init, cfg.mlp_bias, name="down")(y)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream; norms before the sublayer or after the sum."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ctx: Context, cached: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cfg = self.cfg
+        pre = cfg.norm_position == "pre"
+        norm1, norm2 = (Norm(cfg.norm, cfg.norm_eps, cfg.norm_scale, cfg.norm_bias, name=f"norm{i}") for i in (1, 2))
+        keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
+
+        with jax.named_scope("attention"):
+            y, cached = Attention(cfg, name="attn")(norm1(x) if pre else x, ctx, cached)
+            x = x + dropout(y, cfg.dropout, keys[0])
+            x = x if pre else norm1(x)
+        with jax.named_scope("mlp"):
+            y = Mlp(cfg, name="mlp")(norm2(x) if pre else x)
+            x = x + dropout(y, cfg.dropout, keys[1])
+            x = x if pre else norm2(x)
+        return x, cached

@@ -1,0 +1,64 @@
+"""The key/value cache of incremental decoding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+
+
+class Cache(NamedTuple):
+    """Keys and values seen so far. Rows are right-padded: places at or after `length` hold no information.
+
+    Attributes:
+        k: [L, B, S, K, h], or a tuple of L arrays [B, S, K, h] (see `init_cache`).
+        v: like `k`.
+        length: int32[B], tokens held by each row. After a prefill of right-padded prompts, replace it by the
+            prompts' true lengths: the padding's keys are then masked and later overwritten.
+    """
+
+    k: jax.Array | tuple[jax.Array, ...]
+    v: jax.Array | tuple[jax.Array, ...]
+    length: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """S."""
+        return self.k[0].shape[1]
+
+
+def init_cache(
+    cfg: ModelConfig, batch: int, length: int, dtype: jnp.dtype | str | None = None, *, stacked: bool = True
+) -> Cache:
+    """An empty cache for `batch` rows of up to `length` tokens.
+
+    Args:
+        cfg: the model.
+        batch: B.
+        length: S.
+        dtype: of keys and values; the compute type when empty.
+        stacked: False keeps one array a layer, which decoding updates in place without touching the others.
+    """
+    shape = (batch, length, cfg.kv_heads, cfg.d_head)
+    dtype = jnp.dtype(dtype or cfg.compute_dtype)
+    lengths = jnp.zeros(batch, jnp.int32)
+    if cfg.kind == "bigram":  # no layers, no memory: the length still counts positions
+        return Cache(jnp.zeros((0, *shape), dtype), jnp.zeros((0, *shape), dtype), lengths)
+    if stacked:
+        return Cache(jnp.zeros((cfg.n_layers, *shape), dtype), jnp.zeros((cfg.n_layers, *shape), dtype), lengths)
+    k = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
+    v = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
+    return Cache(k, v, lengths)
+
+
+def write(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
+    """Puts new [B, T, K, h] into cache [B, S, K, h] at each row's own `length` int32[B].
+
+    Writes past S are dropped, never wrapped or clamped onto earlier places.
+    """
+    rows = jnp.arange(cache.shape[0])[:, None]
+    columns = length[:, None] + jnp.arange(new.shape[1])[None, :]
+    return cache.at[rows, columns].set(new.astype(cache.dtype), mode="drop")

@@ -1,0 +1,92 @@
+"""The draw: one uniform number per row through the inverse of the cumulative distribution, in vocabulary order."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxlm.sample import exact, filters
+from jaxlm.sample.filters import WINDOW, Rows, Window
+
+
+@partial(jax.jit, static_argnames="window")
+def sample_token(
+    keys: jax.Array,
+    logits: jax.Array,
+    *,
+    temperature: ArrayLike = 1.0,
+    top_k: ArrayLike = 0,
+    top_p: ArrayLike = 1.0,
+    min_p: ArrayLike = 0.0,
+    window: int = WINDOW,
+) -> jax.Array:
+    """Draws one token per row from the filtered distribution.
+
+    A uniform number u of 32 bits comes from the row's key; the token is the first, in vocabulary order, where the
+    cumulative probability of kept tokens is strictly above u. Sums are exact, so a row gets the same token alone, in
+    any batch and under `vmap`. Call it on a whole batch, not under `vmap`, to leave XLA the choice of the faster path.
+
+    Args:
+        keys: typed PRNG keys [...].
+        logits: [..., V], any float type.
+        temperature: scalar or [...]; 0 takes the first largest logit.
+        top_k: scalar or [...].
+        top_p: scalar or [...].
+        min_p: scalar or [...].
+        window: as in `filter_logits`; it changes no draw.
+
+    Returns:
+        int32[...]; -1 for a row without a distribution: a NaN among its logits, nothing but -inf, or a bad option.
+
+    Raises:
+        InputError: a vocabulary outside 1 .. 524,288.
+    """
+    rows = filters.as_rows(logits, temperature, top_k, top_p, min_p)
+    bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys.reshape(-1))
+    bits = lax.bitcast_convert_type(bits, jnp.int32)
+    u = ((bits >> 20) & 0xFFF, (bits >> 8) & 0xFFF, (bits & 0xFF) << 4)
+    largest = filters.first_largest(rows)
+
+    def draw() -> jax.Array:
+        found = filters.look(rows, window)
+        return lax.cond(found.suffices.all(), lambda: _from_window(rows, found, u), lambda: _from_all(rows, u))
+
+    token = lax.cond(rows.greedy.all(), lambda: largest, draw)
+    token = jnp.where(filters.usable(rows), jnp.where(rows.greedy, largest, token), -1)
+    return token.reshape(logits.shape[:-1])
+
+
+def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Array:
+    weight = exact.limbs(found.prob).where(filters.keeps(rows, found.key, found.prob, found.threshold))
+    # In vocabulary order: [B, i, j] says that token j comes no later than token i.
+    upto = found.token[:, None, :] <= found.token[:, :, None]
+    cumulative = exact.block_sums(exact.Limbs(weight.high[:, None, :], weight.low[:, None, :]).where(upto))
+    mark = exact.scaled(exact.add_up(exact.block_sums(_one_block(weight))), u)
+    passed = exact.above(cumulative, exact.Digits(*(digit[:, None] for digit in mark)))
+    return jnp.where(passed, found.token, rows.y.shape[1]).min(-1)
+
+
+def _one_block(weight: exact.Limbs) -> exact.Limbs:
+    return exact.Limbs(weight.high[:, None, :], weight.low[:, None, :])
+
+
+def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
+    y = filters.blocked(rows.y)
+    prob = filters.relative(y, rows.largest)
+    weight = exact.limbs(prob).where(filters.keeps(rows, exact.sortable(y), prob, filters.search(rows, y)))
+    # First the block, then the token in it, so that nothing as long as the vocabulary is ever accumulated.
+    cumulative = exact.running(exact.block_sums(weight))
+    mark = exact.scaled(exact.Digits(*(digit[:, -1] for digit in cumulative)), u)
+    mark = exact.Digits(*(digit[:, None] for digit in mark))
+    block = (~exact.above(cumulative, mark)).sum(-1, keepdims=True)
+    before = exact.Digits(
+        *(jnp.where(block > 0, jnp.take_along_axis(digit, jnp.maximum(block - 1, 0), axis=1), 0) for digit in cumulative)
+    )
+    inside = exact.Limbs(*(jnp.take_along_axis(limb, block[:, :, None], axis=1)[:, 0] for limb in weight))
+    inside = exact.plus(before, exact.running(inside))
+    place = (~exact.above(inside, mark)).sum(-1)
+    return block[:, 0] * y.shape[2] + place

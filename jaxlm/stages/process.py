@@ -1,0 +1,204 @@
+"""The frame of a stage: lock, inputs, the stage's own `run`, manifest, and an exit code with one sentence.
+
+A stage module ends with `if __name__ == "__main__": process.main(run)` and is then a process of its own,
+`python -m jaxlm.stages.<name> STAGE_DIR`, where STAGE_DIR holds a spec.json. Its `run(spec, inputs) -> results` writes
+files into `spec.directory` and returns a small JSON dict. Loads no jax.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from jaxlm._disk import os_errno
+from jaxlm._lock import dir_lock
+from jaxlm.errors import BY_EXIT_CODE, DiskError, InputError, JaxlmError, Preempted
+from jaxlm.stages.provenance import environment
+from jaxlm.stages.spec import Manifest, Spec
+from jaxlm.stages.store import check, read_manifest, read_spec, write_json, write_manifest
+
+StageRun = Callable[[Spec, Mapping[str, Manifest]], Mapping[str, Any]]
+
+PARENT = "JAXLM_PARENT"  # process number of the launcher: set, the stage ends when that process does
+COPY_LOG = "JAXLM_COPY_LOG"  # set: standard output goes to log.txt too, for a launcher that left us the terminal
+ORPHAN_GRACE = 30.0  # seconds that a stage whose launcher died has for saving
+
+_PR_SET_PDEATHSIG = 1
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. A BaseException, so that no `except Exception` on its way swallows it."""
+
+
+def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
+    """Runs a stage as this process and exits with the code of `jaxlm.errors`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        print("expected one argument: the directory of the stage, with a spec.json in it.", file=sys.stderr)
+        raise SystemExit(InputError.exit_code)
+    directory = Path(arguments[0])
+    follow_parent()
+    signal.signal(signal.SIGTERM, _terminate)
+    with _log_copied_to(directory / "log.txt" if COPY_LOG in os.environ else None):
+        code, sentence = _guarded(run, directory)
+    if sentence:
+        _tell(directory, code, sentence)
+    raise SystemExit(code)
+
+
+def execute(spec: Spec, run: StageRun) -> Manifest:
+    """Runs a stage in the calling process and puts its manifest in place.
+
+    Raises:
+        InputError: the directory is in use, an input is missing or damaged, or the stage found its input wrong.
+        JaxlmError: whatever the stage met.
+    """
+    with dir_lock(spec.directory):
+        (spec.directory / "manifest.json").unlink(missing_ok=True)  # what follows may change its outputs
+        inputs = {name: _input(spec, name) for name in spec.inputs}
+        started, clock = datetime.now(UTC), time.perf_counter()
+        results = run(spec, inputs)
+        return write_manifest(
+            spec, results, seconds=time.perf_counter() - clock, started=started, environment=environment()
+        )
+
+
+def _input(spec: Spec, name: str) -> Manifest:
+    directory = spec.input_directory(name)
+    if not (directory / "manifest.json").is_file():
+        raise InputError(f"{directory}: the input {name} of {spec.name} is not there; run its stage first.")
+    manifest, problem = check(read_manifest(directory).spec)
+    if manifest is None:
+        raise InputError(f"{problem.rstrip('.')}; run the stage {name} again.")
+    return manifest
+
+
+def _guarded(run: StageRun, directory: Path) -> tuple[int, str]:
+    """Runs the stage. Returns the exit code, and a sentence when it is not 0."""
+    try:
+        execute(read_spec(directory), run)
+        return 0, ""
+    except JaxlmError as error:
+        return error.exit_code, str(error)
+    except (KeyboardInterrupt, Terminated):
+        return Preempted.exit_code, f"{directory.name}: stopped on request; run the same command to continue."
+    except BaseException as error:  # SystemExit of a library is as unexpected as any exception
+        if os_errno(error) in _DISK_FULL:
+            return DiskError.exit_code, f"{directory}: the disk failed ({_first_line(error)}); free some space."
+        with suppress(OSError):
+            (directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        kind = type(error).__name__
+        return 1, f"{directory.name}: unexpected {kind} ({_first_line(error)}); see {directory / 'traceback.txt'}."
+
+
+def _first_line(error: BaseException) -> str:
+    text = next(iter(str(error).splitlines()), "").strip() or "no message"
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _tell(directory: Path, code: int, sentence: str) -> None:
+    """Leaves the sentence for the launcher, which prints it; without a launcher, prints it here."""
+    try:
+        write_json(directory / "error.json", {"exit_code": code, "message": sentence})
+        told = PARENT in os.environ
+    except (OSError, JaxlmError):
+        told = False
+    if not told:
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def follow_parent() -> None:
+    """Makes this process end when the launcher named in the environment has died: SIGTERM first, then SIGKILL.
+
+    Linux sends the SIGTERM by itself, at once (`PR_SET_PDEATHSIG`); the thread serves other systems, and a process that
+    does not react. Does nothing in a process that was started by hand.
+    """
+    launcher = os.environ.get(PARENT)
+    if launcher is None:
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(launcher):  # it died before the line above
+        os._exit(Preempted.exit_code)
+    threading.Thread(target=_watch, args=(int(launcher),), name="parent watch", daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    if not sys.platform.startswith("linux"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_GRACE)
+    # The launcher made this process the leader of its group: helpers of its own go with it.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(Preempted.exit_code)
+
+
+class _Copied:
+    """A text stream whose lines go to a file too."""
+
+    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+        self._stream, self._copy = stream, copy
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._copy.write(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _log_copied_to(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    stream = sys.stdout
+    with open(path, "a", encoding="utf-8", buffering=1) as copy:
+        sys.stdout = _Copied(stream, copy)
+        try:
+            yield
+        finally:
+            sys.stdout = stream
+
+
+def read_error(directory: Path, code: int) -> JaxlmError:
+    """The error with which a stage's process ended, from its exit code and what it left in error.json."""
+    try:
+        left = json.loads((directory / "error.json").read_text(encoding="utf-8"))
+        if left["exit_code"] == code:
+            return BY_EXIT_CODE.get(code, JaxlmError)(left["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if code < 0:
+        how = f"was killed by {_signal_name(-code)}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+        return JaxlmError(f"{directory.name}: {how}; run the same command to continue (log: {directory / 'log.txt'}).")
+    return BY_EXIT_CODE.get(code, JaxlmError)(
+        f"{directory.name}: ended with exit code {code} (log: {directory / 'log.txt'})."
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

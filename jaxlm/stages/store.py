@@ -1,0 +1,205 @@
+"""Results on disk: a result exists when its manifest is in place. Loads no jax.
+
+`manifest.json` is written last, by rename, when every output has reached the disk. Looking for a result compares sizes
+and times, and digests where a time differs; `verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jaxlm._digests import digest_file
+from jaxlm._disk import disk_errors, sync_directory, write_atomic
+from jaxlm.errors import InputError
+from jaxlm.stages.spec import Manifest, Output, Spec
+
+# Files of the frame itself, at the top of a stage's directory: no part of its result.
+FRAME_FILES = frozenset({"spec.json", "manifest.json", "error.json", "traceback.txt", "log.txt"})
+NOT_OUTPUTS = (".part", ".tmp", ".lock")  # ends of names: files that were still being written, and locks
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Puts a JSON object at `path`, so that a reader sees the old file or the whole new one.
+
+    Raises:
+        ValueError: a number in it is not finite.
+        DiskError: the disk is full or failing.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with disk_errors(f"write {path.name}", path.parent):
+        write_atomic(path, text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: no such file, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file.") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({' '.join(str(error).split())}).") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def write_spec(spec: Spec) -> Path:
+    """Makes the stage's directory and writes its spec.json. Returns the directory."""
+    with disk_errors("make a stage", spec.directory):
+        spec.directory.mkdir(parents=True, exist_ok=True)
+    write_json(spec.directory / "spec.json", spec.to_json())
+    return spec.directory
+
+
+def read_spec(directory: Path) -> Spec:
+    """The spec in a stage's directory, with the store's place on this machine as its root.
+
+    Raises:
+        InputError: there is none, or it was written by another version.
+    """
+    file = directory / "spec.json"
+    return Spec.from_json(read_json(file), root=directory.resolve().parent.parent, where=str(file))
+
+
+def write_manifest(
+    spec: Spec, results: Mapping[str, Any], *, seconds: float, started: datetime, environment: Mapping[str, Any]
+) -> Manifest:
+    """Digests every output of a finished stage, forces them to the disk and puts the manifest in place.
+
+    Args:
+        spec: what was asked; the outputs are the files in its directory.
+        results: small JSON values; finite numbers only.
+        seconds: wall time of the stage.
+        started: when it began.
+        environment: see `jaxlm.stages.provenance`.
+
+    Raises:
+        ValueError: a result is not a finite JSON value.
+        DiskError: the disk is full or failing.
+    """
+    directory = spec.directory
+    outputs: dict[str, Output] = {}
+    with disk_errors("finish the stage", directory):
+        for name in output_names(directory):
+            size, sha256 = digest_file(directory / name, sync=True)
+            outputs[name] = {"bytes": size, "sha256": sha256, "mtime_ns": (directory / name).stat().st_mtime_ns}
+        for folder in {(directory / name).parent for name in outputs}:
+            sync_directory(folder)
+    manifest = Manifest(
+        spec=spec,
+        outputs=outputs,
+        results=results,
+        seconds=round(seconds, 3),
+        environment=environment,
+        started=started.isoformat(timespec="milliseconds"),
+        finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        directory=directory,
+    )
+    write_json(directory / "manifest.json", manifest.to_json())
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest in a stage's directory, its files unchecked.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    return Manifest.from_json(read_json(directory / "manifest.json"), directory)
+
+
+def output_names(directory: Path) -> list[str]:
+    """The files that make up a result, relative to its directory, sorted."""
+    return sorted(
+        name
+        for file in directory.rglob("*")
+        if file.is_file()
+        and not file.name.endswith(NOT_OUTPUTS)
+        and (name := file.relative_to(directory).as_posix()) not in FRAME_FILES
+    )
+
+
+def find(spec: Spec) -> Manifest | None:
+    """The finished result of `spec`, or None. See `check` for the reason."""
+    return check(spec)[0]
+
+
+def check(spec: Spec) -> tuple[Manifest | None, str]:
+    """The finished result of `spec`, or None and why it cannot be used."""
+    if not (spec.directory / "manifest.json").is_file():
+        return None, "not done yet"
+    try:
+        manifest = read_manifest(spec.directory)
+    except InputError as error:
+        return None, str(error)
+    if manifest.id != spec.id:
+        return None, f"{spec.directory}: the manifest is of {manifest.spec.name}"
+    for name, output in manifest.outputs.items():
+        damage = _damage(spec.directory / name, output, trust_times=True)
+        if damage:
+            return None, damage
+    return manifest, ""
+
+
+def verify(directory: Path) -> list[str]:
+    """Reads every file of a finished stage and compares digests.
+
+    Returns:
+        One sentence for each damaged, missing or foreign file; empty when the result is whole.
+    """
+    try:
+        manifest = read_manifest(directory)
+    except InputError as error:
+        return [str(error)]
+    problems = [_damage(directory / name, output, trust_times=False) for name, output in manifest.outputs.items()]
+    foreign = set(output_names(directory)) - set(manifest.outputs)
+    problems += [f"{directory / name}: not listed in the manifest." for name in sorted(foreign)]
+    return [problem for problem in problems if problem]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a directory's file names and contents. Hidden files are left out of a directory.
+
+    Raises:
+        InputError: no such file, an unreadable one, or an empty directory.
+    """
+    try:
+        if path.is_file():
+            return digest_file(path)[1]
+        total = hashlib.sha256()
+        files = [item for item in sorted(path.rglob("*")) if item.is_file() and not item.name.startswith(".")]
+        for item in files:
+            total.update(f"{item.relative_to(path).as_posix()}\0{digest(item)}\n".encode())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    if not files:
+        raise InputError(f"{path}: no such file, or an empty directory; give the path of a file that exists.")
+    return total.hexdigest()
+
+
+def _damage(file: Path, expected: Output, *, trust_times: bool) -> str:
+    """What is wrong with a file, in a sentence; empty when nothing is."""
+    try:
+        found = file.stat()
+    except OSError:
+        return f"{file}: missing."
+    if found.st_size != expected["bytes"]:
+        return f"{file}: {found.st_size} bytes where the manifest says {expected['bytes']}."
+    if trust_times and found.st_mtime_ns == expected["mtime_ns"]:
+        return ""
+    try:
+        actual = digest_file(file)[1]
+    except OSError as error:
+        return f"{file}: cannot be read ({error.strerror})."
+    if actual != expected["sha256"]:
+        return f"{file}: its SHA-256 is {actual[:12]}… where the manifest says {expected['sha256'][:12]}…."
+    return ""

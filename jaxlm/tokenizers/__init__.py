@@ -1,0 +1,27 @@
+"""Text to token ids and back: characters, words, byte-level BPE, and the published encodings. Loads no jax."""
+
+from jaxlm.tokenizers.base import EOT, PAD, UNK, Tokenizer, stream_text
+from jaxlm.tokenizers.bpe import BytePairTokenizer, bpe
+from jaxlm.tokenizers.build import build
+from jaxlm.tokenizers.char import CharTokenizer, char
+from jaxlm.tokenizers.load import load
+from jaxlm.tokenizers.named import NamedTokenizer, named
+from jaxlm.tokenizers.word import WordTokenizer, word
+
+__all__ = [
+    "EOT",
+    "PAD",
+    "UNK",
+    "BytePairTokenizer",
+    "CharTokenizer",
+    "NamedTokenizer",
+    "Tokenizer",
+    "WordTokenizer",
+    "bpe",
+    "build",
+    "char",
+    "load",
+    "named",
+    "stream_text",
+    "word",
+]

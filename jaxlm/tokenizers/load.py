@@ -1,0 +1,106 @@
+"""Tokenizers by name or from where they were saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from jaxlm.errors import DiskError, InputError
+from jaxlm.tokenizers.base import FILE_NAME, FORMAT, Tokenizer
+from jaxlm.tokenizers.bpe import BytePairTokenizer
+from jaxlm.tokenizers.char import CharTokenizer
+from jaxlm.tokenizers.named import PUBLISHED, named
+from jaxlm.tokenizers.word import WordTokenizer
+
+_SAVED: dict[str, type[CharTokenizer | WordTokenizer | BytePairTokenizer]] = {
+    "char": CharTokenizer,
+    "word": WordTokenizer,
+    "bpe": BytePairTokenizer,
+}
+
+
+def load(name_or_path: str | Path) -> Tokenizer:
+    """A published encoding, or a tokenizer that was saved.
+
+    Args:
+        name_or_path: "gpt2" or "cl100k_base" (a directory of that name is "./gpt2"); a directory that holds
+            `tokenizer.jaxlm.json`; or such a file.
+
+    Raises:
+        InputError: there is nothing of that name, or the file is damaged; names the file and the field.
+        UnavailableError: a published encoding is in no cache and no mirror, and the network is away.
+    """
+    if name_or_path in PUBLISHED:
+        return named(str(name_or_path))
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        names = ", ".join(PUBLISHED)
+        raise InputError(f"{path}: no such tokenizer; use {names}, or a directory or file that one was saved to.")
+    content = _read(path)
+    kind = content.pop("kind")
+    fingerprint = content.pop("fingerprint", None)
+    if kind == "named":
+        tokenizer = _published(path, content)
+    elif kind in _SAVED:
+        tokenizer = _self_contained(path, _SAVED[kind], content)
+    else:
+        known = ", ".join([*_SAVED, "named"])
+        raise InputError(f"{path}: field kind: {kind!r} is unknown, expected one of {known}; save the tokenizer again.")
+    if tokenizer.fingerprint != fingerprint:
+        raise InputError(
+            f"{path}: field fingerprint: found {fingerprint!r}, but the content has {tokenizer.fingerprint!r}; "
+            "the file was changed or damaged, so save the tokenizer again."
+        )
+    return tokenizer
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); save the tokenizer again.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
+        raise InputError(f"{path}: field kind: missing, so this is not a file that a jaxlm tokenizer was saved to.")
+    if content.pop("format", None) != FORMAT:
+        raise InputError(f"{path}: field format: expected {FORMAT}; the file is of another version of jaxlm.")
+    return content
+
+
+def _self_contained(
+    path: Path, cls: type[CharTokenizer | WordTokenizer | BytePairTokenizer], content: dict[str, Any]
+) -> CharTokenizer | WordTokenizer | BytePairTokenizer:
+    names = [field.name for field in fields(cls)]
+    for name in [*names, *content]:
+        if name not in content or name not in names:
+            found = "unknown" if name in content else "missing"
+            raise InputError(f"{path}: field {name}: {found}; save the tokenizer again.")
+    types = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name in names:
+        try:
+            values[name] = TypeAdapter(types[name]).validate_python(content[name])
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise InputError(f"{path}: field {name}: {problem['msg']}; save the tokenizer again.") from None
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{path}: field {error}") from None
+
+
+def _published(path: Path, content: dict[str, Any]) -> Tokenizer:
+    name = content.get("name")
+    if name not in PUBLISHED:
+        raise InputError(f"{path}: field name: {name!r} is unknown, expected one of {', '.join(PUBLISHED)}.")
+    expected = PUBLISHED[name].resource.sha256
+    if content.get("sha256") != expected:
+        raise InputError(f"{path}: field sha256: found {content.get('sha256')!r}, but {name} is the file {expected}.")
+    return named(name)

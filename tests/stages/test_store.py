@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+
+from jaxlm.errors import InputError
+from jaxlm.stages import store
+from jaxlm.stages.process import execute
+from jaxlm.stages.spec import Manifest
+
+
+@pytest.fixture
+def finished(make_spec):
+    import fake_stage
+
+    spec = make_spec()
+    store.write_spec(spec)
+    execute(spec, fake_stage.run)
+    return spec
+
+
+def test_a_finished_result_is_found(finished):
+    manifest = store.find(finished)
+    assert isinstance(manifest, Manifest)
+    assert set(manifest.outputs) == {"metrics.jsonl", "deep/out.txt"}
+    # sha256sum of the text "fake 0\n", by coreutils
+    assert manifest.outputs["deep/out.txt"] == {
+        "bytes": 7,
+        "sha256": "cf1cf823225677dd2e7a031ae2c97e20eb8c4f116057d9ed663e362d89c6f809",
+        "mtime_ns": (finished.directory / "deep/out.txt").stat().st_mtime_ns,
+    }
+    assert manifest.path("deep/out.txt").read_text() == "fake 0\n"
+    assert manifest.environment["libraries"]["numpy"]
+    assert len(manifest.environment["code_sha256"]) == 64
+    assert manifest.started <= manifest.finished
+    assert store.verify(finished.directory) == []
+    with pytest.raises(InputError, match=r"lists no file gone\.bin"):
+        manifest.path("gone.bin")
+
+
+def test_not_done_yet(make_spec):
+    assert store.check(make_spec()) == (None, "not done yet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file.unlink(), "missing"),
+        (lambda file: file.write_text("fake 0\n\n"), "8 bytes where the manifest says 7"),
+        (lambda file: file.write_text("fake 1\n"), "SHA-256 is"),
+    ],
+)
+def test_damage_is_noticed_with_a_reason(finished, damage, reason):
+    file = finished.directory / "deep" / "out.txt"
+    damage(file)
+    if file.exists():
+        os.utime(file, ns=(1, 1))
+    manifest, why = store.check(finished)
+    assert manifest is None
+    assert reason in why
+    assert str(file) in why
+    assert [reason in sentence for sentence in store.verify(finished.directory)] == [True]
+
+
+def test_another_time_with_the_same_bytes_is_no_damage(finished):
+    os.utime(finished.directory / "deep" / "out.txt", ns=(1, 1))
+    assert store.find(finished) is not None
+
+
+def test_damage_behind_the_same_size_and_time_is_left_to_verify(finished):
+    file = finished.directory / "deep" / "out.txt"
+    status = file.stat()
+    file.write_text("fake 1\n")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert store.find(finished) is not None
+    assert len(store.verify(finished.directory)) == 1
+
+
+def test_verify_names_foreign_files_and_a_missing_manifest(finished):
+    (finished.directory / "extra.bin").touch()
+    assert "extra.bin: not listed" in store.verify(finished.directory)[0]
+    (finished.directory / "manifest.json").unlink()
+    assert "no such file" in store.verify(finished.directory)[0]
+
+
+def test_a_manifest_of_another_result_is_refused(finished, make_spec):
+    other = make_spec(value=1)
+    shutil.copytree(finished.directory, other.directory)
+    manifest, why = store.check(other)
+    assert manifest is None
+    assert finished.name in why
+
+
+def test_a_cut_manifest_counts_as_not_done(finished):
+    file = finished.directory / "manifest.json"
+    file.write_text(file.read_text()[:100])
+    manifest, why = store.check(finished)
+    assert manifest is None
+    assert "not readable as JSON" in why
+
+
+def test_a_store_can_be_moved(finished, tmp_path):
+    shutil.move(tmp_path / "store", tmp_path / "new" / "store")
+    manifest = store.read_manifest(tmp_path / "new" / "store" / finished.name)
+    assert store.find(manifest.spec) is not None
+    assert manifest.path("deep/out.txt").is_file()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    store.write_json(tmp_path / "a.json", {"a": 1})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(Exception, match="No space left"):
+            store.write_json(tmp_path / "a.json", {"a": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.write_json(tmp_path / "a.json", {"a": float("nan")})
+
+
+def test_a_failed_stage_has_no_manifest_not_even_its_old_one(finished, make_spec):
+    import fake_stage
+
+    with pytest.raises(RuntimeError):
+        execute(make_spec(do="crash"), fake_stage.run)
+    assert store.check(finished) == (None, "not done yet")
+
+
+def test_digest_of_a_directory_sees_names_and_contents(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.txt").write_text("1")
+        (tmp_path / name / ".hidden").write_text(name)
+    assert store.digest(tmp_path / "a") == store.digest(tmp_path / "b")
+    (tmp_path / "b" / "one.txt").rename(tmp_path / "b" / "two.txt")
+    assert store.digest(tmp_path / "a") != store.digest(tmp_path / "b")
+    # SHA-256 of the byte "1": coreutils' sha256sum
+    assert store.digest(tmp_path / "a" / "one.txt").startswith("6b86b273ff34fce1")
+    with pytest.raises(InputError, match="no such file, or an empty directory"):
+        store.digest(tmp_path / "c")
