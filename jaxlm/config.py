@@ -100,6 +100,7 @@ class ModelConfig(Frozen):
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wavelengths")
     rope_scaling: RopeScaling | None = Field(None, description="llama3 scaling of the rotary frequencies")
     embed_scale: Literal["none", "sqrt_d"] = Field("none", description="sqrt_d: token embeddings times the root of D")
+    embed_mix: int = Field(0, ge=0, le=16, description="earlier tokens mixed into each embedding, by a learned gain each")
     mlp: Literal["relu", "gelu", "gelu_tanh", "swiglu", "relu2"] = Field("gelu_tanh", description="MLP activation")
     attn_bias: bool = Field(False, description="biases on q, k and v")
     attn_out_bias: bool = Field(False, description="a bias on the attention output")

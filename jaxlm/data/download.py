@@ -51,6 +51,11 @@ class _RetryError(Exception):
         self.after = after
 
 
+def default_cache_dir() -> Path:
+    """Where downloads are kept: `$JAXLM_CACHE`, or `~/.cache/jaxlm`."""
+    return Path(os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm").expanduser()
+
+
 def fetch(
     resource: Resource,
     *,
@@ -79,7 +84,7 @@ def fetch(
         UnavailableError: the network or the server is still away after all attempts.
         DiskError: the cache cannot be written.
     """
-    folder = Path(cache_dir or os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm").expanduser()
+    folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     path = folder / resource.sha256[:16] / (Path(resource.name).name or "file")
     with _disk_errors(path):
         if _matches(path, resource):

@@ -161,7 +161,7 @@ class RowSet:
                 filled += len(piece)
         self._check(window, rows)
         batch: dict[str, NDArray[Any]] = {
-            "tokens": np.ascontiguousarray(window[:, :-1]),
+            "tokens": window[:, :-1].copy(),
             "targets": np.ascontiguousarray(window[:, 1:]),
         }
         if self._padded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -53,7 +53,14 @@ def eval_step(
 
 
 def split_loss(
-    cfg: ModelConfig, params: Any, rows: RowSet, batch_size: int, *, max_rows: int = 0, chunk: int = 0
+    cfg: ModelConfig,
+    params: Any,
+    rows: RowSet,
+    batch_size: int,
+    *,
+    max_rows: int = 0,
+    chunk: int = 0,
+    place: Callable[[dict[str, Any]], Any] = lambda batch: batch,
 ) -> SplitLoss:
     """Scores every target of a split exactly once.
 
@@ -67,17 +74,18 @@ def split_loss(
         batch_size: rows per call.
         max_rows: score only this many rows, spread evenly over the split; 0: all.
         chunk: as `eval_step` takes it.
+        place: puts a host batch on the devices, e.g. `Layout.put_batch`; batches then have `batch_size` rows always.
 
     Raises:
         InputError: no target is left to score.
     """
     n = min(max_rows, rows.n_rows) if max_rows else rows.n_rows
     chosen = np.arange(n, dtype=np.int64) * rows.n_rows // max(n, 1)
-    size = min(batch_size, n)
+    size = batch_size
     total = np.zeros(2, np.float64)
     pending: deque[tuple[jax.Array, jax.Array]] = deque()
-    for start in range(0, n, size or 1):
-        pending.append(eval_step(cfg, params, _padded(rows, chosen[start : start + size], size), chunk=chunk))
+    for start in range(0, n, size):
+        pending.append(eval_step(cfg, params, place(_padded(rows, chosen[start : start + size], size)), chunk=chunk))
         if len(pending) > 2:  # reading a batch overlaps with computing the ones before, and the queue stays short
             total += np.asarray(jax.device_get(pending.popleft()), np.float64)
     for sums in pending:

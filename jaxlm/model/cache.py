@@ -18,11 +18,13 @@ class Cache(NamedTuple):
         v: like `k`.
         length: int32[B], tokens held by each row. After a prefill of right-padded prompts, replace it by the
             prompts' true lengths: the padding's keys are then masked and later overwritten.
+        tokens: int32[B, S], the ids themselves, for models with `embed_mix`; None for others.
     """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
     length: jax.Array
+    tokens: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -45,13 +47,15 @@ def init_cache(
     shape = (batch, length, cfg.kv_heads, cfg.d_head)
     dtype = jnp.dtype(dtype or cfg.compute_dtype)
     lengths = jnp.zeros(batch, jnp.int32)
+    tokens = jnp.zeros((batch, length), jnp.int32) if cfg.embed_mix and cfg.kind == "transformer" else None
     if cfg.kind == "bigram":  # no layers, no memory: the length still counts positions
         return Cache(jnp.zeros((0, *shape), dtype), jnp.zeros((0, *shape), dtype), lengths)
     if stacked:
-        return Cache(jnp.zeros((cfg.n_layers, *shape), dtype), jnp.zeros((cfg.n_layers, *shape), dtype), lengths)
+        k, v = (jnp.zeros((cfg.n_layers, *shape), dtype) for _ in range(2))
+        return Cache(k, v, lengths, tokens)
     k = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
     v = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
-    return Cache(k, v, lengths)
+    return Cache(k, v, lengths, tokens)
 
 
 def write(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
@@ -62,3 +66,9 @@ def write(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
     rows = jnp.arange(cache.shape[0])[:, None]
     columns = length[:, None] + jnp.arange(new.shape[1])[None, :]
     return cache.at[rows, columns].set(new.astype(cache.dtype), mode="drop")
+
+
+def write_tokens(history: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
+    """Puts ids int32[B, T] into history int32[B, S] at each row's own `length` int32[B]; past S they are dropped."""
+    rows = jnp.arange(history.shape[0])[:, None]
+    return history.at[rows, length[:, None] + jnp.arange(new.shape[1])[None, :]].set(new, mode="drop")

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig, TrainConfig
 from jaxlm.model.attention import cache_mask, training_mask
 from jaxlm.model.blocks import Block, Context, Norm, declared, dropout
-from jaxlm.model.cache import Cache
+from jaxlm.model.cache import Cache, write_tokens
 from jaxlm.model.positions import rotary_tables, sinusoidal
 
 Params = dict[str, Any]
+
+MIX_STD = 0.5  # of the initial gains of earlier tokens' embeddings, where the token's own gain is 1
 
 # Configurations travel through jit as part of the tree's structure, not as leaves. Registered here and not in
 # jaxlm.config, which must load no jax.
@@ -45,6 +47,10 @@ class _Ends(nn.Module):
         self.param("embed_tokens", declared(normal, "vocab", "embed"), (v, d), jnp.float32)
         if cfg.position == "learned":
             self.param("embed_positions", declared(normal, "positions", "embed"), (cfg.max_seq_len, d), jnp.float32)
+        if cfg.embed_mix:
+            # Random per channel, so that the same token at different distances looks different from the start.
+            init = nn.initializers.normal(MIX_STD)
+            self.param("embed_mix", declared(init, None, "embed"), (cfg.embed_mix, d), jnp.float32)
         if cfg.final_norm:
             _final_norm(cfg)(jnp.zeros((1, d)))
         if not cfg.tie_embeddings:
@@ -159,7 +165,7 @@ def forward(
         positions = jnp.broadcast_to(start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :], tokens.shape)
 
     with jax.named_scope("embed"):
-        x = _embed(cfg, params, tokens, positions)
+        x, history = _embed(cfg, params, tokens, positions, cache)
     layer_keys: list[jax.Array] | None = None
     if dropout_key is not None and cfg.dropout > 0:
         embed_key, *layer_keys = jax.random.split(dropout_key, cfg.n_layers + 1)
@@ -169,6 +175,7 @@ def forward(
     rotary = rotary_tables(cfg, positions) if cfg.position == "rotary" else None
     ctx = Context(mask, rotary, None if cache is None else cache.length, None)
     x, cache = _blocks(cfg, params["blocks"], x, ctx, cache, layer_keys)
+    cache = None if cache is None else cache._replace(tokens=history)
     if cfg.final_norm:
         with jax.named_scope("final_norm"):
             norm = Norm(cfg.norm, cfg.norm_eps, cfg.norm_scale, cfg.norm_bias)
@@ -176,16 +183,48 @@ def forward(
     return x, cache
 
 
-def _embed(cfg: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+def _embed(
+    cfg: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Embeddings [B, T, D], and the cache's token history with `tokens` written to it."""
     dtype = jnp.dtype(cfg.compute_dtype)
-    x = params["embed"]["tokens"].astype(dtype)[tokens]
+    table = params["embed"]["tokens"].astype(dtype)
+    x, history = table[tokens], None
+    if cfg.embed_mix:
+        earlier, history = _earlier(cfg.embed_mix, table, x, tokens, positions, cache)
+        x = x + jnp.einsum("jbtd,jd->btd", earlier, params["embed"]["mix"].astype(dtype))
     if cfg.embed_scale == "sqrt_d":
         x = x * jnp.asarray(cfg.d_model**0.5, dtype)
     if cfg.position == "learned":
         x = x + params["embed"]["positions"].astype(dtype)[positions]
     elif cfg.position == "sinusoidal":
         x = x + sinusoidal(positions, cfg.d_model).astype(dtype)
-    return x
+    return x, history
+
+
+def _earlier(
+    reach: int, table: jax.Array, x: jax.Array, tokens: jax.Array, positions: jax.Array, cache: Cache | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Embeddings of the tokens 1 .. reach places back, [reach, B, T, D], zero where there is none; and the history.
+
+    Mixed into the embedding of a place, they make a causal depthwise convolution: each place knows the few tokens
+    before it, so one attention layer can look up "what came after this" where it would take two. Compare So et al.,
+    Primer (arXiv 2109.08668, section 3.2), which convolves queries, keys and values; here decoding needs to remember
+    token ids only. Positions restart with every packed document, so nothing is mixed across a document's edge.
+    """
+    t = tokens.shape[1]
+    if cache is None:
+        # Shifting x, not gathering again: the gradient of a gather is a slow scatter.
+        padded = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
+        shifted = jnp.stack([padded[:, reach - j : reach - j + t] for j in range(1, reach + 1)])
+        exists = jnp.stack([positions >= j for j in range(1, reach + 1)])
+        return jnp.where(exists[..., None], shifted, 0), None
+    assert cache.tokens is not None  # init_cache makes it for such a model
+    history = write_tokens(cache.tokens, tokens, cache.length)
+    places = cache.length[:, None] + jnp.arange(t)[None, :]
+    back = jnp.stack([places - j for j in range(1, reach + 1)])
+    ids = history[jnp.arange(tokens.shape[0])[None, :, None], jnp.maximum(back, 0)]
+    return jnp.where((back >= 0)[..., None], table[ids], 0), history
 
 
 def _blocks(

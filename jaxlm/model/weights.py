@@ -33,6 +33,7 @@ TABLE: dict[str, Weight] = {
     "bigram/table": Weight(False, None, "logits of the next token, one row per token"),
     "embed/tokens": Weight(False, None, "a vector for each token"),
     "embed/positions": Weight(False, None, "a vector for each position"),
+    "embed/mix": Weight(False, None, "gains of the embeddings of the tokens before, per distance"),
     "blocks/norm1/scale": Weight(False, None, "gain before (or after) attention"),
     "blocks/norm1/bias": Weight(False, None, "shift before (or after) attention"),
     "blocks/attn/q/kernel": Weight(True, _MATRIX, "what each position looks for"),

@@ -46,10 +46,6 @@ class Limbs(NamedTuple):
     high: jax.Array
     low: jax.Array
 
-    def where(self, mask: jax.Array) -> Limbs:
-        """Zero outside `mask`."""
-        return Limbs(jnp.where(mask, self.high, 0), jnp.where(mask, self.low, 0))
-
 
 def exp(d: jax.Array) -> jax.Array:
     """e**d for float32 d <= 0, within 2 units in the last place; 0 below -28, where e**d < 2**-40.
@@ -111,9 +107,7 @@ def plus(a: Digits, b: Digits) -> Digits:
 
 def above(a: Digits, b: Digits) -> jax.Array:
     """a > b, broadcast."""
-    return (a.units > b.units) | (
-        (a.units == b.units) & ((a.high > b.high) | ((a.high == b.high) & (a.low > b.low)))
-    )
+    return (a.units > b.units) | ((a.units == b.units) & ((a.high > b.high) | ((a.high == b.high) & (a.low > b.low))))
 
 
 def minus(a: Digits, b: Digits) -> jax.Array:
@@ -135,11 +129,12 @@ def scaled(x: Digits, fraction: Sequence[jax.Array]) -> Digits:
         product[i + 1] = product[i + 1] + (product[i] >> 12)
         product[i] = product[i] & 0xFFF
     d = product[len(factor) :]
-    return Digits((d[3] >> 4) | (d[4] << 8), (d[1] >> 8) | (d[2] << 4) | ((d[3] & 0xF) << 16), d[0] | ((d[1] & 0xFF) << 12))
+    high = (d[1] >> 8) | (d[2] << 4) | ((d[3] & 0xF) << 16)
+    return Digits((d[3] >> 4) | (d[4] << 8), high, d[0] | ((d[1] & 0xFF) << 12))
 
 
 def sortable(x: jax.Array) -> jax.Array:
-    """The monotone int32 image of float32: x < y as floats if and only if their images are so. Zeros share one image."""
+    """The monotone int32 image of float32: x < y as floats if and only if their images are so. 0 and -0 share one."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, np.float32(0.0), x), jnp.int32)
     return jnp.where(bits < 0, bits ^ _INT_MAX, bits)
 
@@ -161,7 +156,7 @@ class _Search(NamedTuple):
 
 
 def tail_threshold(
-    key: jax.Array, weight: Limbs, limit: Digits, low: jax.Array, high: jax.Array, total: Digits
+    key: jax.Array, weight: jax.Array, limit: Digits, low: jax.Array, high: jax.Array, total: Digits
 ) -> jax.Array:
     """The smallest key whose tail, all keys at most as large, weighs more than `limit`: int32[B].
 
@@ -171,7 +166,7 @@ def tail_threshold(
 
     Args:
         key: int32[B, N, block].
-        weight: [B, N, block], or scalars.
+        weight: float32[B, N, block], in [0, 1].
         limit: [B].
         low: int32[B], a bound: the answer is not below it. Equal to `high` for rows that need no search.
         high: int32[B], a key that occurs and whose tail weighs more than `limit`.
@@ -182,17 +177,19 @@ def tail_threshold(
         pivot = jnp.clip(_pivot(s), s.low, s.high - 1)
         t = pivot[:, None, None]
         up = key <= t
-        limbs = weight.where(up)
+        part = limbs(jnp.where(up, weight, 0.0))
         high_limb, low_limb, largest, smallest = _reduce(
-            (limbs.high, limbs.low, jnp.where(up, key, _INT_MIN), jnp.where(up, _INT_MAX, key)),
+            (part.high, part.low, jnp.where(up, key, _INT_MIN), jnp.where(up, _INT_MAX, key)),
             (0, 0, _INT_MIN, _INT_MAX),
             lambda a, b: (a[0] + b[0], a[1] + b[1], jnp.maximum(a[2], b[2]), jnp.minimum(a[3], b[3])),
         )
         *places, largest, smallest = _reduce(
             (*carry(0, high_limb, low_limb), largest, smallest),
             (0, 0, 0, _INT_MIN, _INT_MAX),
-            lambda a, b: (*(x + y for x, y in zip(a[:3], b[:3])), jnp.maximum(a[3], b[3]), jnp.minimum(a[4], b[4])),
-        )
+            lambda a, b: (
+                a[0] + b[0], a[1] + b[1], a[2] + b[2], jnp.maximum(a[3], b[3]), jnp.minimum(a[4], b[4])
+            ),
+        )  # fmt: skip
         mass = carry(*places)
         heavy, rest = above(mass, limit), minus(mass, limit)
         live = s.low < s.high
@@ -227,5 +224,5 @@ def _pivot(s: _Search) -> jax.Array:
 
 
 def _reduce(arrays: tuple[jax.Array, ...], start: tuple[object, ...], combine: object) -> tuple[jax.Array, ...]:
-    # One variadic reduce: XLA's CPU backend turns it into one parallel, vectorised pass, and single ones into slow loops.
+    # Variadic, because XLA's CPU backend makes one vectorised pass of it, and slow scalar loops of single reductions.
     return tuple(lax.reduce(arrays, start, combine, (arrays[0].ndim - 1,)))  # type: ignore[arg-type]

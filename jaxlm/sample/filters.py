@@ -25,7 +25,7 @@ last, so their top-p sets differ from these when the temperature is not 1.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,24 @@ from jax.typing import ArrayLike
 from jaxlm.errors import InputError
 from jaxlm.sample import exact
 
-WINDOW = 64
-"""Batches whose rows all keep fewer tokens than this by top-k look only at `lax.top_k` of so many."""
+_WINDOW = 64
+_WINDOW_FROM = 8192  # below this vocabulary the search is fast enough to do without a second path
 
 _KEEP_ALL = np.int32(-(2**31))
 _MINUS_INF = np.int32(-0x7F800001)  # the sortable image of -inf
 _NEGLIGIBLE = np.float32(28.0)  # exp(-28) < 2**-40
+
+
+class Options(NamedTuple):
+    """Filter options, one entry a row."""
+
+    temperature: ArrayLike  # float32[B]
+    top_k: ArrayLike  # int32[B]
+    top_p: ArrayLike  # float32[B]
+    min_p: ArrayLike  # float32[B]
+
+
+_TYPES = (np.float32, np.int32, np.float32, np.float32)
 
 
 class Rows(NamedTuple):
@@ -65,15 +77,14 @@ class Window(NamedTuple):
     suffices: jax.Array  # bool[B]; every token that the row keeps is in the window
 
 
-@partial(jax.jit, static_argnames="window")
 def filter_logits(
-    logits: jax.Array,
+    logits: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
     top_k: ArrayLike = 0,
     top_p: ArrayLike = 1.0,
     min_p: ArrayLike = 0.0,
-    window: int = WINDOW,
+    window: int | None = None,
 ) -> jax.Array:
     """Logits after temperature, with dropped tokens at -inf. The rules are at the top of this module.
 
@@ -83,49 +94,61 @@ def filter_logits(
         top_k: scalar or [...], integers.
         top_p: scalar or [...].
         min_p: scalar or [...].
-        window: how many tokens the `lax.top_k` path looks at; 0 turns it off. It changes no bit of the result.
+        window: batches whose rows all have a top-k below this look only at `lax.top_k` of so many tokens; 0 turns that
+            off, and by default it is 64 from a vocabulary of 8192. It changes no bit of the result.
 
     Returns:
         float32[..., V].
 
     Raises:
-        InputError: an empty vocabulary, or one of more than 524,288 tokens.
+        InputError: a vocabulary outside 1 .. 524,288.
 
     References:
         Fan et al. (arXiv 1805.04833) for top-k; Holtzman et al. (arXiv 1904.09751) for top-p; Nguyen et al.
         (arXiv 2407.01082) for min-p.
     """
-    rows = as_rows(logits, temperature, top_k, top_p, min_p)
+    logits = jnp.asarray(logits)
+    return _filter(logits, options(logits, temperature, top_k, top_p, min_p), window)
+
+
+@partial(jax.jit, static_argnums=2)
+def _filter(logits: jax.Array, option: Options, window: int | None) -> jax.Array:
+    rows = as_rows(logits, option)
     found = look(rows, window)
-    threshold = lax.cond(found.suffices.all(), lambda: found.threshold, lambda: search(rows, blocked(rows.y)))
+    threshold = lax.cond(found.suffices.all(), lambda: found.threshold, lambda: _search_rows(rows))
     kept = keeps(rows, exact.sortable(rows.y), relative(rows.y, rows.largest), threshold)
     first = jnp.arange(rows.y.shape[1]) == first_largest(rows)[:, None]
     y = jnp.where(jnp.where(rows.greedy[:, None], first, kept), rows.y, -jnp.inf)
     return jnp.where(jnp.isnan(rows.largest)[:, None], jnp.nan, y).reshape(logits.shape)
 
 
-def as_rows(logits: jax.Array, temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike, min_p: ArrayLike) -> Rows:
-    """Flattens [..., V] to rows, spreads the options over them and applies the temperature."""
+def options(logits: jax.Array, temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike, min_p: ArrayLike) -> Options:
+    """One entry a row of each option, so that scalars, arrays and defaults all run the same compiled program."""
     vocab = logits.shape[-1] if logits.ndim else 0
     if not 0 < vocab <= exact.MAX_VOCAB:
         raise InputError(f"logits of shape {logits.shape}: the last axis must hold 1 to {exact.MAX_VOCAB} tokens.")
-    x = jnp.asarray(logits, jnp.float32).reshape(-1, vocab)
 
-    def spread(option: ArrayLike, dtype: type) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(option, dtype), logits.shape[:-1]).reshape(-1)
+    def spread(option: ArrayLike, dtype: type) -> ArrayLike:
+        numpy: Any = jnp if isinstance(option, jax.Array) else np
+        return numpy.broadcast_to(numpy.asarray(option, dtype), logits.shape[:-1]).reshape(-1)
 
-    t, p, floor = (spread(option, jnp.float32) for option in (temperature, top_p, min_p))
+    return Options(*(spread(o, t) for o, t in zip((temperature, top_k, top_p, min_p), _TYPES, strict=True)))
+
+
+def as_rows(logits: jax.Array, option: Options) -> Rows:
+    """Flattens [..., V] to rows and applies the temperature."""
+    x = logits.astype(jnp.float32).reshape(-1, logits.shape[-1])
+    t, top_k, p, floor = (jnp.asarray(o) for o in option)
     largest = x.max(-1)
     overflows = jnp.isfinite(largest) & ~jnp.isfinite(largest / t)
     greedy = (t == 0) | overflows
     divisor = jnp.where(greedy, 1.0, t)
-    bad = ~jnp.isfinite(t) | (t < 0) | jnp.isnan(p) | jnp.isnan(floor)
+    # NaN is looked for by name: at some shapes XLA's CPU backend lets it get lost in a maximum.
+    bad = jnp.isnan(x).any(-1) | ~jnp.isfinite(t) | (t < 0) | jnp.isnan(p) | jnp.isnan(floor)
     largest = jnp.where(bad, jnp.nan, largest / divisor)
     # XLA turns a division by a broadcast into a product with the reciprocal, at some shapes only; not by a select.
     y = x / jnp.where(jnp.isnan(x), 1.0, divisor[:, None])
-    return Rows(
-        y, largest, greedy, spread(top_k, jnp.int32), jnp.clip(p, 0.0, 1.0), jnp.clip(floor, 0.0, 1.0)
-    )
+    return Rows(y, largest, greedy, top_k, jnp.clip(p, 0.0, 1.0), jnp.clip(floor, 0.0, 1.0))
 
 
 def usable(rows: Rows) -> jax.Array:
@@ -147,7 +170,7 @@ def first_largest(rows: Rows) -> jax.Array:
 
 
 def keeps(rows: Rows, key: jax.Array, prob: jax.Array, threshold: jax.Array) -> jax.Array:
-    """bool, of key's shape [B, ...]: what top-k, top-p and min-p keep, given the smallest key that the first two keep."""
+    """What the filters keep, bool of key's shape [B, ...], given the smallest key that top-k and top-p keep."""
     wide = (-1,) + (1,) * (key.ndim - 1)
     return (key >= threshold.reshape(wide)) & (prob >= rows.min_p.reshape(wide))
 
@@ -158,27 +181,34 @@ def blocked(y: jax.Array) -> jax.Array:
     return jnp.pad(y, ((0, 0), (0, -y.shape[1] % block)), constant_values=-jnp.inf).reshape(y.shape[0], -1, block)
 
 
-def search(rows: Rows, y: jax.Array) -> jax.Array:
-    """The smallest key that top-k and top-p keep, int32[B], by search over the whole vocabulary `y` [B, N, block]."""
+def _search_rows(rows: Rows) -> jax.Array:
+    y = blocked(rows.y)
+    return search(rows, y, relative(y, rows.largest))
+
+
+def search(rows: Rows, y: jax.Array, prob: jax.Array) -> jax.Array:
+    """The smallest key that top-k and top-p keep, int32[B], by search over the whole vocabulary [B, N, block]."""
     key, highest = exact.sortable(y), exact.sortable(rows.largest)
-    none = jnp.zeros_like(highest)
-
-    # Top-k is a tail rule too: at most V - k tokens are no more likely than a dropped one.
+    size, none = y.shape[1] * y.shape[2], jnp.zeros_like(highest)
     by_k = usable(rows) & (rows.top_k > 0) & (rows.top_k < rows.y.shape[1])
-    size = y.shape[1] * y.shape[2]
-    one = exact.Limbs(jnp.int32(0), jnp.int32(1))
-    limit = exact.Digits(none, none, jnp.where(by_k, size - rows.top_k, 0))
-    low = jnp.where(by_k, _MINUS_INF, highest)
-    at_k = exact.tail_threshold(key, one, limit, low, highest, exact.Digits(none, none, none + size))
-    threshold = jnp.where(by_k, at_k, _KEEP_ALL)
-
     by_p = usable(rows) & (rows.top_p < 1)
-    weight = exact.limbs(relative(y, rows.largest)).where(key >= threshold[:, None, None])
-    total = exact.add_up(exact.block_sums(weight))
-    limit = exact.scaled(total, _tail_share(rows.top_p))
-    low = jnp.where(by_p, jnp.maximum(threshold, exact.sortable(rows.largest - _NEGLIGIBLE)), highest)
-    at_p = exact.tail_threshold(key, weight, limit, low, highest, total)
-    return jnp.where(by_p, at_p, threshold)
+
+    def stage(at_p: jax.Array, threshold: jax.Array) -> jax.Array:
+        # Top-k is a tail rule too: every token weighs one quantum; at most V - k are no more likely than a dropped one.
+        left = jnp.where(key >= threshold[:, None, None], prob, 0.0)
+        weight = jnp.where(at_p, left, np.float32(2.0**-40))
+        total = exact.add_up(exact.block_sums(exact.limbs(weight)))
+        share = exact.scaled(total, _tail_share(rows.top_p))
+        count = exact.Digits(none, none, size - rows.top_k)
+        limit = exact.Digits(*(jnp.where(at_p, p, k) for p, k in zip(share, count, strict=True)))
+        bound = jnp.where(at_p, jnp.maximum(threshold, exact.sortable(rows.largest - _NEGLIGIBLE)), _MINUS_INF)
+        wanted = jnp.where(at_p, by_p, by_k)
+        found = exact.tail_threshold(key, weight, limit, jnp.where(wanted, bound, highest), highest, total)
+        return jnp.where(wanted, found, threshold)
+
+    # A loop over both stages, so that the search is compiled once; one that no row wants is left out.
+    first, end = jnp.where(by_k.any(), 0, 1), jnp.where(by_p.any(), 2, 1)
+    return lax.fori_loop(first, end, lambda i, threshold: stage(i == 1, threshold), none + _KEEP_ALL)
 
 
 def _tail_share(p: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -186,9 +216,11 @@ def _tail_share(p: jax.Array) -> tuple[jax.Array, jax.Array]:
     return share >> 12, share & 0xFFF
 
 
-def look(rows: Rows, width: int) -> Window:
+def look(rows: Rows, width: int | None) -> Window:
     """The window, or one that suffices for no row where some row's top-k is not below `width`."""
     batch, vocab = rows.y.shape
+    if width is None:
+        width = _WINDOW if vocab >= _WINDOW_FROM else 0
     width = min(width, vocab)
     if not width:
         empty = jnp.zeros((batch, 0))
@@ -210,7 +242,7 @@ def look(rows: Rows, width: int) -> Window:
     threshold = jnp.where((rows.top_k > 0) & (rows.top_k <= width), at_k, _KEEP_ALL)
     suffices = may_do.all() & (exempt | (threshold > key[:, -1]))  # else a tie may reach beyond the window
 
-    weight = exact.limbs(prob).where(key >= threshold[:, None])
+    weight = exact.limbs(jnp.where(key >= threshold[:, None], prob, 0.0))
     upto = exact.running(weight)
     more_likely = exact.Digits(*(jnp.pad(d[:, :-1], ((0, 0), (1, 0))) for d in upto))
     total = exact.Digits(*(d[:, -1:] for d in upto))

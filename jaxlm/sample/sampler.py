@@ -9,20 +9,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxlm.errors import InputError
 from jaxlm.sample import exact, filters
-from jaxlm.sample.filters import WINDOW, Rows, Window
+from jaxlm.sample.filters import Options, Rows, Window
 
 
-@partial(jax.jit, static_argnames="window")
 def sample_token(
     keys: jax.Array,
-    logits: jax.Array,
+    logits: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
     top_k: ArrayLike = 0,
     top_p: ArrayLike = 1.0,
     min_p: ArrayLike = 0.0,
-    window: int = WINDOW,
+    window: int | None = None,
 ) -> jax.Array:
     """Draws one token per row from the filtered distribution.
 
@@ -43,9 +43,17 @@ def sample_token(
         int32[...]; -1 for a row without a distribution: a NaN among its logits, nothing but -inf, or a bad option.
 
     Raises:
-        InputError: a vocabulary outside 1 .. 524,288.
+        InputError: a vocabulary outside 1 .. 524,288, or keys that do not match the rows.
     """
-    rows = filters.as_rows(logits, temperature, top_k, top_p, min_p)
+    logits = jnp.asarray(logits)
+    if keys.shape != logits.shape[:-1]:
+        raise InputError(f"keys of shape {keys.shape}: logits of shape {logits.shape} need one typed key a row.")
+    return _sample(keys, logits, filters.options(logits, temperature, top_k, top_p, min_p), window)
+
+
+@partial(jax.jit, static_argnums=3)
+def _sample(keys: jax.Array, logits: jax.Array, option: Options, window: int | None) -> jax.Array:
+    rows = filters.as_rows(logits, option)
     bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys.reshape(-1))
     bits = lax.bitcast_convert_type(bits, jnp.int32)
     u = ((bits >> 20) & 0xFFF, (bits >> 8) & 0xFFF, (bits & 0xFF) << 4)
@@ -53,6 +61,8 @@ def sample_token(
 
     def draw() -> jax.Array:
         found = filters.look(rows, window)
+        if not found.key.shape[1]:
+            return _from_all(rows, u)
         return lax.cond(found.suffices.all(), lambda: _from_window(rows, found, u), lambda: _from_all(rows, u))
 
     token = lax.cond(rows.greedy.all(), lambda: largest, draw)
@@ -61,32 +71,29 @@ def sample_token(
 
 
 def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Array:
-    weight = exact.limbs(found.prob).where(filters.keeps(rows, found.key, found.prob, found.threshold))
+    kept = filters.keeps(rows, found.key, found.prob, found.threshold)
+    weight = exact.limbs(jnp.where(kept, found.prob, 0.0))
     # In vocabulary order: [B, i, j] says that token j comes no later than token i.
     upto = found.token[:, None, :] <= found.token[:, :, None]
-    cumulative = exact.block_sums(exact.Limbs(weight.high[:, None, :], weight.low[:, None, :]).where(upto))
-    mark = exact.scaled(exact.add_up(exact.block_sums(_one_block(weight))), u)
+    cumulative = exact.block_sums(exact.Limbs(*(jnp.where(upto, limb[:, None, :], 0) for limb in weight)))
+    mark = exact.scaled(exact.block_sums(weight), u)
     passed = exact.above(cumulative, exact.Digits(*(digit[:, None] for digit in mark)))
     return jnp.where(passed, found.token, rows.y.shape[1]).min(-1)
-
-
-def _one_block(weight: exact.Limbs) -> exact.Limbs:
-    return exact.Limbs(weight.high[:, None, :], weight.low[:, None, :])
 
 
 def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
     y = filters.blocked(rows.y)
     prob = filters.relative(y, rows.largest)
-    weight = exact.limbs(prob).where(filters.keeps(rows, exact.sortable(y), prob, filters.search(rows, y)))
+    kept = filters.keeps(rows, exact.sortable(y), prob, filters.search(rows, y, prob))
+    weight = exact.limbs(jnp.where(kept, prob, 0.0))
     # First the block, then the token in it, so that nothing as long as the vocabulary is ever accumulated.
     cumulative = exact.running(exact.block_sums(weight))
     mark = exact.scaled(exact.Digits(*(digit[:, -1] for digit in cumulative)), u)
     mark = exact.Digits(*(digit[:, None] for digit in mark))
     block = (~exact.above(cumulative, mark)).sum(-1, keepdims=True)
-    before = exact.Digits(
-        *(jnp.where(block > 0, jnp.take_along_axis(digit, jnp.maximum(block - 1, 0), axis=1), 0) for digit in cumulative)
-    )
-    inside = exact.Limbs(*(jnp.take_along_axis(limb, block[:, :, None], axis=1)[:, 0] for limb in weight))
-    inside = exact.plus(before, exact.running(inside))
+    earlier = jnp.maximum(block - 1, 0)
+    before = (jnp.where(block > 0, jnp.take_along_axis(digit, earlier, axis=1), 0) for digit in cumulative)
+    members = exact.Limbs(*(jnp.take_along_axis(limb, block[:, :, None], axis=1)[:, 0] for limb in weight))
+    inside = exact.plus(exact.Digits(*before), exact.running(members))
     place = (~exact.above(inside, mark)).sum(-1)
     return block[:, 0] * y.shape[2] + place

@@ -234,7 +234,7 @@ def _split(
 ) -> Settings:
     """Sections as settings: the fields named in `decides` with what is in `extra`, and all others as options.
 
-    An empty value of `extra` and a hidden `section.field` are left out; paths are made absolute.
+    An empty value of `extra` and a hidden `section.field` are left out; paths of files are made absolute.
     """
     config: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -246,8 +246,9 @@ def _split(
             for field, value in values.items()
             if field not in decides[name] and value is not None and f"{name}.{field}" not in hide
         }
-        if "path" in options[name]:
-            options[name]["path"] = str(Path(options[name]["path"]).absolute())
+        for field in ("path", "name"):
+            if f"{name}.{field}" in extra.get("files", {}) and field in options[name]:
+                options[name][field] = str(Path(options[name][field]).absolute())
     return Settings(config | {name: value for name, value in extra.items() if value != {}}, options)
 
 

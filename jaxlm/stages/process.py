@@ -27,7 +27,7 @@ from jaxlm._lock import dir_lock
 from jaxlm.errors import BY_EXIT_CODE, DiskError, InputError, JaxlmError, Preempted
 from jaxlm.stages.provenance import environment
 from jaxlm.stages.spec import Manifest, Spec
-from jaxlm.stages.store import check, read_manifest, read_spec, write_json, write_manifest
+from jaxlm.stages.store import check, digest, read_manifest, read_spec, write_json, write_manifest
 
 StageRun = Callable[[Spec, Mapping[str, Manifest]], Mapping[str, Any]]
 
@@ -62,13 +62,19 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
 def execute(spec: Spec, run: StageRun) -> Manifest:
     """Runs a stage in the calling process and puts its manifest in place.
 
+    A result that is whole already is left as it is: another launcher may have made it, and others may be reading it.
+
     Raises:
         InputError: the directory is in use, an input is missing or damaged, or the stage found its input wrong.
         JaxlmError: whatever the stage met.
     """
     with dir_lock(spec.directory):
+        manifest, _ = check(spec)
+        if manifest is not None:
+            return manifest
         (spec.directory / "manifest.json").unlink(missing_ok=True)  # what follows may change its outputs
         inputs = {name: _input(spec, name) for name in spec.inputs}
+        _check_files(spec)
         started, clock = datetime.now(UTC), time.perf_counter()
         results = run(spec, inputs)
         return write_manifest(
@@ -84,6 +90,15 @@ def _input(spec: Spec, name: str) -> Manifest:
     if manifest is None:
         raise InputError(f"{problem.rstrip('.')}; run the stage {name} again.")
     return manifest
+
+
+def _check_files(spec: Spec) -> None:
+    """The user's files must still be those that the identity was made from. Checkpoints are verified when restored."""
+    for field, expected in spec.config.get("files", {}).items():
+        section, _, name = field.partition(".")
+        path = spec.settings.get(section, {}).get(name)
+        if name in ("path", "name") and path is not None and digest(Path(path)) != expected:
+            raise InputError(f"{field}={path}: the file has changed since the run was planned; run the command again.")
 
 
 def _guarded(run: StageRun, directory: Path) -> tuple[int, str]:

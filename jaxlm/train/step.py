@@ -87,7 +87,8 @@ def loss_and_grads(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[j
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, jnp.zeros((), jnp.int32))
         return loss, grads, count
 
-    micros = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+    # Microbatch i takes rows i, i + n, ...: so the rows of each stay spread over the devices as the batch is.
+    micros = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def accumulate(carry: tuple[jax.Array, Any], item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         loss, grads = jax.value_and_grad(loss_fn)(state.params, *item)

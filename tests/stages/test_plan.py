@@ -143,6 +143,20 @@ def test_a_file_enters_by_its_bytes_and_suffix_not_by_its_name(tmp_path):
     assert plan(base)[0].section("data", DataConfig).path == str(tmp_path / "a.txt")
 
 
+def test_a_file_that_changes_after_the_plan_is_refused(tmp_path, fake_modules, monkeypatch):
+    import fake_stage
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("once")
+    data = DataConfig(source="file", path="a.txt")
+    spec = plan(BASE.replace(root=str(tmp_path), data=data, sft=SftConfig(enabled=False)))[0]
+    (tmp_path / "a.txt").write_text("twice")
+    with pytest.raises(InputError, match=r"^data\.path=.*/a\.txt: the file has changed since the run was planned"):
+        execute(spec, fake_stage.run)
+    (tmp_path / "a.txt").write_text("once")
+    execute(spec, fake_stage.run)
+
+
 def test_a_url_is_its_digest():
     def with_url(url, sha256):
         data = DataConfig(source="file", url=url, size=3, sha256=sha256)

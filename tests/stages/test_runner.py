@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -200,6 +201,18 @@ def test_a_launcher_that_is_killed_takes_its_stage_along(make_spec, launch, even
     launcher.wait()
     assert eventually(lambda: not alive(pids(spec)[0]), 5)
     assert (spec.directory / "saved.part").exists()
+
+
+def test_on_a_terminal_the_stage_writes_there_and_to_its_log(make_spec):
+    spec = make_spec()
+    store.write_spec(spec)
+    ours, theirs = pty.openpty()
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, spec.directory, "1"], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert launcher.wait(20) == 0
+    assert os.read(ours, 1000) == b"fake says write\r\n"
+    os.close(ours)
+    assert (spec.directory / "log.txt").read_text() == "fake says write\n"
 
 
 def test_metrics_are_read_line_by_line_and_again_when_the_file_is_new(tmp_path):

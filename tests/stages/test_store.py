@@ -124,9 +124,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         store.write_json(tmp_path / "a.json", {"a": float("nan")})
 
 
+def test_a_whole_result_is_not_made_again(finished, make_spec):
+    import fake_stage
+
+    before = store.find(finished)
+    assert execute(make_spec(do="crash"), fake_stage.run).to_json() == before.to_json()
+
+
 def test_a_failed_stage_has_no_manifest_not_even_its_old_one(finished, make_spec):
     import fake_stage
 
+    (finished.directory / "deep" / "out.txt").unlink()
     with pytest.raises(RuntimeError):
         execute(make_spec(do="crash"), fake_stage.run)
     assert store.check(finished) == (None, "not done yet")

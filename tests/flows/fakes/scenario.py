@@ -10,9 +10,9 @@ import os
 import sys
 from typing import Any
 
+from flows import pipeline  # isort: skip (before Prefect reads its settings)
 from prefect import flow
 
-from flows import pipeline
 from jaxlm.errors import JaxlmError
 from jaxlm.stages.plan import VERSIONS
 

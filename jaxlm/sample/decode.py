@@ -1,0 +1,186 @@
+"""Prefill and decoding with the key/value cache, as pure functions on one state.
+
+Decoding keeps B rows, each a request of its own: its own length, options, key and end. A prompt of n tokens is
+prefilled, and its last token is then fed again as the first decoding step, so that prefilling computes no logits and
+every new token comes from one and the same step.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.config import ModelConfig
+from jaxlm.model import Cache, Params, forward, init_cache, unembed, unstack
+from jaxlm.sample import penalties
+from jaxlm.sample.sampler import sample_token
+
+RUNNING, STOP, LENGTH, ERROR = range(4)
+
+
+class Requests(NamedTuple):
+    """What the rows were asked for; constant while they decode.
+
+    Attributes:
+        key: typed key [B], one a request; folded with a token's position for its draw.
+        prompt: int32[B, T], -1 after the end.
+        max_new: int32[B], tokens wanted at most.
+        min_new: int32[B], tokens before a stop id may come.
+        temperature, top_p, min_p: float32[B].
+        top_k: int32[B].
+        repetition, presence, frequency: float32[B].
+        edit_ids, edit_values: int32[B, W] and float32[B, W], added to the logits; ids of -1 are padding.
+        stop_ids: int32[B, E], -1 is padding.
+        n_vocab: int32[], ids from here on are padding of the vocabulary, never produced.
+    """
+
+    key: jax.Array
+    prompt: jax.Array
+    max_new: jax.Array
+    min_new: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    edit_ids: jax.Array
+    edit_values: jax.Array
+    stop_ids: jax.Array
+    n_vocab: jax.Array
+
+
+class State(NamedTuple):
+    """Where the rows stand.
+
+    Attributes:
+        cache: keys and values; its length int32[B] is the tokens held, all but the last one of each row.
+        last: int32[B], the token to be fed next.
+        n_new: int32[B], new tokens so far.
+        tokens: int32[B, N], the new tokens, -1 after the end.
+        log_probs: float32[B, N], of those tokens under the model itself, before any filter; nats.
+        finished: int32[B], RUNNING, STOP, LENGTH or ERROR.
+    """
+
+    cache: Cache
+    last: jax.Array
+    n_new: jax.Array
+    tokens: jax.Array
+    log_probs: jax.Array
+    finished: jax.Array
+
+
+def prepare(cfg: ModelConfig, params: Params) -> Params:
+    """The parameters laid out for decoding; idempotent, and `forward` gives the same values with either.
+
+    Layers become one dict each: slicing a layer out of stacked weights costs a copy of it at every step (a SmolLM2-135M
+    step takes 22 ms this way and 160 ms unrolled over slices on two cores). Matrices, embeddings and the blocks'
+    biases take the compute type, which `forward` would cast them to at every step.
+    """
+    dtype = jnp.dtype(cfg.compute_dtype)
+
+    def cast(path: tuple[jax.tree_util.DictKey, ...], weight: jax.Array) -> jax.Array:
+        names = [str(getattr(part, "key", "")) for part in path]
+        is_norm = any("norm" in name for name in names)
+        used_as_is = is_norm or names[0] == "bigram" or names == ["head", "bias"]
+        return weight if used_as_is else weight.astype(dtype)
+
+    out = jax.tree_util.tree_map_with_path(cast, params)
+    if cfg.kind == "transformer" and not isinstance(params["blocks"], tuple):
+        out["blocks"] = unstack(out["blocks"], cfg.n_layers)
+    return out
+
+
+@partial(jax.jit, static_argnames=("capacity", "n_new"))
+def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: int, n_new: int) -> State:
+    """The state before the first new token.
+
+    Args:
+        cfg: the model.
+        params: from `prepare`.
+        prompt: int32[B, T], right-padded with -1. A row of padding alone is not in use and finishes at once.
+        capacity: S, places in the cache of each row.
+        n_new: N, room for new tokens.
+    """
+    batch = prompt.shape[0]
+    held = (prompt >= 0).sum(-1, dtype=jnp.int32)
+    cache = init_cache(cfg, batch, capacity, stacked=False)
+    _, filled = forward(cfg, params, jnp.maximum(prompt, 0), cache=cache)
+    assert filled is not None
+    last = jnp.maximum(held - 1, 0)
+    return State(
+        cache=filled._replace(length=last),
+        last=jnp.maximum(jnp.take_along_axis(prompt, last[:, None], axis=1)[:, 0], 0),
+        n_new=jnp.zeros(batch, jnp.int32),
+        tokens=jnp.full((batch, n_new), -1, jnp.int32),
+        log_probs=jnp.zeros((batch, n_new), jnp.float32),
+        finished=jnp.where(held > 0, RUNNING, LENGTH),
+    )
+
+
+def decode_step(cfg: ModelConfig, params: Params, requests: Requests, state: State) -> State:
+    """One more token for every running row; finished rows keep what they have."""
+    running = state.finished == RUNNING
+    hidden, cache = forward(cfg, params, state.last[:, None], cache=state.cache)
+    assert cache is not None
+    logits = unembed(cfg, params, hidden[:, 0])
+    length = jnp.where(running, state.cache.length + 1, state.cache.length)
+    with jax.named_scope("sample"):
+        keys = jax.vmap(jax.random.fold_in)(requests.key, length)
+        r = requests
+        token = sample_token(
+            keys, adjust(logits, r, state), temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p
+        )
+        chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0]
+        log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    emits = running & (token >= 0)
+    rows, place = jnp.arange(token.shape[0]), jnp.where(emits, state.n_new, state.tokens.shape[1])
+    n_new = state.n_new + emits
+    stops = (token[:, None] == requests.stop_ids).any(-1)
+    reason = jnp.where(token < 0, ERROR, jnp.where(stops, STOP, jnp.where(n_new >= requests.max_new, LENGTH, RUNNING)))
+    return State(
+        cache=cache._replace(length=length),
+        last=jnp.where(emits, token, state.last),
+        n_new=n_new,
+        tokens=state.tokens.at[rows, place].set(token, mode="drop"),
+        log_probs=state.log_probs.at[rows, place].set(log_prob, mode="drop"),
+        finished=jnp.where(running, reason, state.finished),
+    )
+
+
+def adjust(logits: jax.Array, requests: Requests, state: State) -> jax.Array:
+    """Penalties, bias and bans, float32[B, V] -> [B, V]."""
+    r, vocab = requests, logits.shape[-1]
+    too_early = state.n_new < r.min_new
+
+    def apply(x: jax.Array) -> jax.Array:
+        x = penalties.repetition(x, jnp.concatenate([r.prompt, state.tokens], axis=1), r.repetition)
+        x = penalties.presence(x, state.tokens, r.presence)
+        x = penalties.frequency(x, state.tokens, r.frequency)
+        x = penalties.bias(x, r.edit_ids, r.edit_values)
+        return penalties.ban(x, r.stop_ids, too_early)
+
+    plain = (r.repetition == 1) & (r.presence == 0) & (r.frequency == 0) & ~too_early & (r.edit_ids < 0).all(-1)
+    x = lax.cond(plain.all(), lambda x: x, apply, logits)
+    return jnp.where(jnp.arange(vocab) < r.n_vocab, x, -jnp.inf)
+
+
+@partial(jax.jit, donate_argnames="state")
+def decode(cfg: ModelConfig, params: Params, requests: Requests, state: State, steps: jax.Array | int) -> State:
+    """Up to `steps` more tokens for every running row, ending early when none runs. The state's buffers are reused."""
+
+    def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
+        left, state = carry
+        return (left > 0) & (state.finished == RUNNING).any()
+
+    def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        left, state = carry
+        return left - 1, decode_step(cfg, params, requests, state)
+
+    return lax.while_loop(goes_on, body, (jnp.asarray(steps, jnp.int32), state))[1]

@@ -1,0 +1,111 @@
+"""Stage 2: a tokenizer, and the splits as shards of token ids. Loads no jax.
+
+Results: `indexes` (what `jaxlm.data.RowSet` opens, for `train` and `val`), `vocab_size`, `fingerprint`, `tokens` by
+split. The tokenizer's file lies beside the shards.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from jaxlm import tokenizers
+from jaxlm.config import DataConfig, TokenizerConfig
+from jaxlm.data import pack_documents, write_rows, write_stream
+from jaxlm.errors import InputError
+from jaxlm.stages import process
+from jaxlm.stages.download import read_split
+from jaxlm.stages.spec import Manifest, Spec
+from jaxlm.tokenizers import Tokenizer
+
+PARALLEL_FROM = 20_000_000  # characters; below, starting workers costs more than it saves
+_PIECE = 1_000_000  # characters handed to a worker at a time
+
+
+def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Builds the tokenizer on the training split and encodes both splits."""
+    data, settings = spec.section("data", DataConfig), spec.settings
+    cfg = spec.section("tokenizer", TokenizerConfig)
+    texts = {name: read_split(inputs["download"], name) for name in ("train", "val")}
+    tokenizer = tokenizers.build(cfg, texts["train"], eot=bool(settings["eot"]))
+    tokenizer.save(spec.directory)
+
+    common: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": tokenizer.fingerprint}
+    indexes, tokens = {}, {}
+    for name, documents in texts.items():
+        ids = encode_all(tokenizer, documents, label=name)
+        tokens[name] = sum(map(len, ids))
+        if data.pack == "documents":
+            if tokenizer.eot_id is None:
+                raise InputError(f"tokenizer.name={cfg.name}: it has no end-of-text token, which data.pack=documents needs.")
+            packed = pack_documents(ids, eot_id=tokenizer.eot_id, seq_len=data.seq_len)
+            indexes[name] = write_rows(spec.directory, packed, name=name, **common)
+        else:
+            stream = _joined(ids, tokenizer.eot_id)
+            indexes[name] = write_stream(spec.directory, stream, name=name, seq_len=data.seq_len, **common)
+    return {
+        "indexes": indexes,
+        "tokens": tokens,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def encode_all(tokenizer: Tokenizer, documents: Sequence[str], *, label: str) -> list[np.ndarray]:
+    """The ids of each document, int32; in parallel over the cores where there is enough text."""
+    total = sum(map(len, documents))
+    out: list[np.ndarray] = []
+    with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
+        task = bar.add_task(f"tokenize {label}", total=total)
+        for texts, ids in _encoded_batches(tokenizer, documents, total):
+            out.extend(ids)
+            bar.advance(task, sum(map(len, texts)))
+    return out
+
+
+def _encoded_batches(
+    tokenizer: Tokenizer, documents: Sequence[str], total: int
+) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    batches = list(_batches(documents))
+    if total < PARALLEL_FROM or len(batches) == 1:
+        for batch in batches:
+            yield batch, _encode(tokenizer, batch)
+        return
+    workers = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from zip(batches, pool.map(_encode, [tokenizer] * len(batches), batches), strict=True)
+
+
+def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= _PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    return [np.asarray(tokenizer.encode(text), np.int32) for text in texts]
+
+
+def _joined(documents: Sequence[np.ndarray], eot_id: int | None) -> np.ndarray:
+    """One stream; where the tokenizer has an end-of-text token, it closes every document but a lone one."""
+    if eot_id is None or len(documents) == 1:
+        return np.concatenate(documents)
+    return np.concatenate([part for ids in documents for part in (ids, np.array([eot_id], np.int32))])
+
+
+if __name__ == "__main__":
+    process.main(run)

@@ -1,0 +1,83 @@
+"""Stage 3: prompt/response pairs as packed rows, with the loss on the response only. Loads no jax.
+
+Results: `indexes` for `train` and `val`, `examples` and `dropped` counts. `test.jsonl` holds the questions that the
+evaluation asks, one `{type, prompt, answer, ...}` a line; none of them, nor the story it is about, was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm import tokenizers
+from jaxlm.config import DataConfig, SftConfig
+from jaxlm.data import Example, encode_examples, fetch, load_examples, pack_examples, source, storyworld, write_rows
+from jaxlm.errors import InputError
+from jaxlm.stages import process
+from jaxlm.stages.runner import say
+from jaxlm.stages.spec import Manifest, Spec
+
+N_VAL, N_TEST = 300, 2000  # questions of the built-in corpus beside the training ones
+HELD_OUT = 0.05  # share of a file's examples that goes to each of val and test
+
+
+def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Makes or reads the pairs, encodes and packs them."""
+    data, sft = spec.section("data", DataConfig), spec.section("sft", SftConfig)
+    tokenizer = tokenizers.load(inputs["tokenize"].directory)
+    if sft.source == "storyworld":
+        pairs, test = _story_questions(data.world, int(spec.settings["seed"]), sft.n_examples)
+    else:
+        pairs, test = _from_file(_path(sft))
+    results: dict[str, Any] = {"indexes": {}, "examples": {}, "dropped": {}}
+    for name, examples in pairs.items():
+        sequences, masks, stats = encode_examples(tokenizer, examples, sft.template, data.seq_len)
+        if stats.n_dropped:
+            say(
+                f"{name}: {stats.n_dropped} of {stats.n_examples} examples left out, "
+                f"their prompts leave no room in data.seq_len={data.seq_len}"
+            )
+        results["indexes"][name] = write_rows(
+            spec.directory,
+            pack_examples(sequences, masks, seq_len=data.seq_len),
+            name=name,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+        results["examples"][name], results["dropped"][name] = stats.n_examples, stats.n_dropped
+    with open(spec.directory / "test.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in test)
+    return results | {"test": len(test)}
+
+
+def _story_questions(world_name: str, seed: int, n: int) -> tuple[dict[str, list[Example]], list[dict[str, Any]]]:
+    world = storyworld.WORLDS[world_name]
+    pairs = {
+        name: [Example(q.prompt, q.answer) for q in storyworld.questions(world, seed, name, count)]
+        for name, count in (("train", n), ("val", N_VAL))
+    }
+    return pairs, [question._asdict() for question in storyworld.questions(world, seed, "test", N_TEST)]
+
+
+def _path(sft: SftConfig) -> Path:
+    if sft.path is not None:
+        return Path(sft.path)
+    known = source(sft.source)
+    if known.kind != "examples":
+        raise InputError(f"sft.source={sft.source}: this is {known.kind}, not prompt/response pairs.")
+    return fetch(known.resource)
+
+
+def _from_file(path: Path) -> tuple[dict[str, list[Example]], list[dict[str, Any]]]:
+    examples = load_examples(path)
+    held = max(1, round(HELD_OUT * len(examples)))
+    if len(examples) < 3:
+        raise InputError(f"{path}: found {len(examples)} examples, at least 3 needed for training, validation and test.")
+    test = [{"type": "all", "prompt": e.prompt, "answer": e.response} for e in examples[-held:]]
+    return {"train": examples[: -2 * held], "val": examples[-2 * held : -held]}, test
+
+
+if __name__ == "__main__":
+    process.main(run)

@@ -1,0 +1,175 @@
+"""The filters against a reference that sorts, written from the rules in DESIGN.md with float64 sums."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.errors import InputError
+from jaxlm.sample import filter_logits
+
+INF = np.inf
+
+
+def reference(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Kept logits of one row, by sorting."""
+    x = np.asarray(x, np.float32)
+    if temperature == 0:
+        return np.where(np.arange(len(x)) == x.argmax(), x, -INF)
+    y = x / np.float32(temperature)
+    keep = np.ones(len(y), bool)
+    if 0 < top_k < len(y):
+        keep &= y >= np.sort(y)[-top_k]
+    prob = np.where(keep, np.exp(y.astype(np.float64) - y.max()), 0.0)
+    if top_p < 1:
+        order = np.argsort(y, kind="stable")
+        no_more_likely = np.searchsorted(y[order], y, side="right")  # how many, ties included
+        tail = np.cumsum(prob[order])[no_more_likely - 1]
+        keep &= (tail > (1 - np.float64(np.float32(top_p))) * prob.sum()) | (y == y.max())
+    keep &= prob >= min_p
+    return np.where(keep, y, -INF)
+
+
+def logits_of_kind(kind: str, vocab: int, rng: np.random.Generator) -> np.ndarray:
+    x = rng.normal(size=vocab) * 3
+    match kind:
+        case "tied":
+            x = np.round(x)
+        case "peaked":
+            x[rng.integers(vocab)] += 30
+        case "flat":
+            x = np.full(vocab, 0.25)
+        case "nearly flat":
+            x = 1 + rng.normal(size=vocab) * 1e-6
+        case "banned":
+            x[rng.random(vocab) < 0.7] = -INF
+            x[rng.integers(vocab)] = 1.0
+        case "huge":
+            x *= 1e4
+        case "masked":
+            x[rng.random(vocab) < 0.5] = -1e30
+        case "bf16":
+            x = np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))
+    return x.astype(np.float32)
+
+
+KINDS = ("normal", "tied", "peaked", "flat", "nearly flat", "banned", "huge", "masked", "bf16")
+
+
+def cases(vocab: int, rows: int, seed: int):
+    rng = np.random.default_rng(seed)
+    x = np.stack([logits_of_kind(KINDS[i % len(KINDS)], vocab, rng) for i in range(rows)])
+    options = {
+        "temperature": rng.choice([0, 0.3, 0.7, 1, 1, 1.5], rows).astype(np.float32),
+        "top_k": rng.choice([0, 0, 1, 2, 5, 50, vocab - 1, vocab, vocab + 3], rows).astype(np.int32),
+        "top_p": rng.choice([0, 0.1, 0.5, 0.9, 0.999, 1], rows).astype(np.float32),
+        "min_p": rng.choice([0, 0, 0.05, 0.5, 1], rows).astype(np.float32),
+    }
+    return x, options
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(1, 20), (2, 60), (7, 180), (1000, 270), (50257, 9)])
+def test_keeps_what_sorting_keeps_on_both_paths(vocab, rows):
+    x, options = cases(vocab, rows, seed=vocab)
+    searched = np.asarray(filter_logits(x, **options, window=0))
+    for i in range(rows):
+        row = {name: value[i] for name, value in options.items()}
+        assert np.array_equal(searched[i], reference(x[i], **row)), (KINDS[i % len(KINDS)], row)
+    if vocab > 2:  # where every row's k is below the window, lax.top_k decides; 40 is a third path only at V > 40
+        options["top_k"] = np.where(options["temperature"] == 0, 0, np.clip(options["top_k"], 1, 20)).astype(np.int32)
+        windowed = np.asarray(filter_logits(x, **options, window=40))
+        assert np.array_equal(windowed, np.asarray(filter_logits(x, **options, window=0)))
+
+
+def test_a_row_alone_is_a_row_of_a_batch_and_of_vmap():
+    x, options = cases(1000, 270, seed=5)
+    together = np.asarray(filter_logits(x, **options, window=0))
+    few = {name: value[:9] for name, value in options.items()}
+    mapped = jax.vmap(lambda row, options: filter_logits(row, **options))(x[:9], few)
+    assert np.array_equal(np.asarray(mapped), together[:9])
+    for i in range(0, 270, 10):
+        alone = filter_logits(x[i], **{name: value[i] for name, value in options.items()})
+        assert np.array_equal(np.asarray(alone), together[i])
+
+
+def kept(x, **options) -> list[int]:
+    return np.flatnonzero(np.isfinite(filter_logits(np.array(x, np.float32), **options))).tolist()
+
+
+def test_rules_by_hand():
+    # Tail masses of (1/2, 1/4, 1/8, 1/8) are 1, 1/2, 1/4, 1/4. A token goes when its tail is at most 1 - p.
+    x = np.array([0, -1, -2, -2]) * np.log(2)
+    assert kept(x, top_p=0.8) == [0, 1, 2, 3]
+    assert kept(x, top_p=0.74) == [0, 1]
+    assert kept(x, top_p=0.45) == [0]
+    assert kept(x, top_p=0.0) == [0]
+    assert kept(x, top_k=3) == [0, 1, 2, 3]  # the third and the fourth are tied
+    assert kept(x, top_k=2, top_p=0.6) == [0]  # renormalised: 2/3 and 1/3, and 1/3 <= 0.4
+    assert kept(x, min_p=0.3) == [0, 1]
+    tied = np.log([0.3, 0.3, 0.3, 0.1])
+    assert kept(tied, top_p=0.0) == [0, 1, 2]  # ties at the top all stay ...
+    assert kept(tied, temperature=0.0) == [0]  # ... but argmax is the first of them
+    assert kept([0.0, -0.0, -1.0, -2.0], top_k=1) == [0, 1]
+
+
+def test_off_means_off_even_for_impossible_tokens():
+    # exp(-200) is 0 in float32: p = 1 must not be a threshold.
+    x = np.array([0.0, -200.0, -1e30, 1.0], np.float32)
+    assert np.array_equal(np.asarray(filter_logits(x, top_p=1.0, top_k=0, min_p=0.0)), x)
+    assert np.array_equal(np.asarray(filter_logits(x, top_p=2.0, top_k=-1, min_p=-1.0)), x)
+    assert np.array_equal(np.asarray(filter_logits(x, top_k=4)), x)
+    assert np.array_equal(np.asarray(filter_logits(x, top_k=2**31 - 1)), x)
+
+
+def test_rows_without_a_distribution_leave_their_neighbours_alone():
+    good = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    nan, negative_nan, nothing = good.copy(), good.copy(), np.full(100, -INF, np.float32)
+    nan[3], negative_nan[50] = np.nan, np.copysign(np.nan, -1)
+    x = np.stack([good, nan, negative_nan, nothing, good, good, good, good])
+    temperature = np.array([1, 1, 0, 1, -1, np.nan, np.inf, 1], np.float32)
+    top_p = np.array([0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, np.nan], np.float32)
+    out = np.asarray(filter_logits(x, temperature=temperature, top_k=5, top_p=top_p))
+    assert np.array_equal(out[0], reference(good, top_k=5, top_p=0.9))
+    assert np.isneginf(out[3]).all()
+    assert np.isnan(out[[1, 2, 4, 5, 6, 7]]).all()
+
+
+def test_infinities_and_extreme_temperatures():
+    x = np.array([1.0, INF, 2.0, INF], np.float32)
+    assert np.asarray(filter_logits(x, top_p=0.9)).tolist() == [-INF, INF, -INF, INF]
+    x = np.array([-4.0, -5.0, -3.0, -9.0], np.float32)
+    assert np.asarray(filter_logits(x, temperature=1e-38)).tolist() == [-INF, -INF, -3.0, -INF]
+
+
+def test_bfloat16_is_worked_on_in_float32():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 64)) * 4, jnp.bfloat16)
+    out = filter_logits(x, temperature=0.7, top_p=0.9)
+    assert out.dtype == jnp.float32
+    wide = np.asarray(x.astype(jnp.float32))
+    assert np.array_equal(np.asarray(out), np.stack([reference(row, 0.7, top_p=0.9) for row in wide]))
+
+
+def test_gradient_reaches_kept_logits_only():
+    x = jnp.array([0.0, 1.0, 2.0, 3.0])
+    grad = jax.grad(lambda x: jnp.where(jnp.isfinite(y := filter_logits(x, temperature=0.5, top_k=2)), y, 0).sum())(x)
+    assert grad.tolist() == [0.0, 0.0, 2.0, 2.0]
+
+
+def test_no_option_recompiles(compiled):
+    x = np.zeros(4, np.float32)
+    filter_logits(x)
+    before = compiled.count("_filter")
+    filter_logits(x, temperature=0, top_k=99, top_p=0.5)
+    filter_logits(x, temperature=np.float32(2), top_k=np.array(1), top_p=jnp.array(0.3), min_p=0.3)
+    assert compiled.count("_filter") == before
+    filter_logits(np.zeros((1, 4), np.float32))
+    assert compiled.count("_filter") == before + 1  # the counter counts
+
+
+def test_an_impossible_vocabulary_is_refused():
+    with pytest.raises(InputError, match="524288"):
+        jax.eval_shape(filter_logits, jax.ShapeDtypeStruct((1, 2**19 + 1), jnp.float32))
+    with pytest.raises(InputError, match="last axis"):
+        filter_logits(jnp.zeros((2, 0)))
