@@ -260,6 +260,7 @@ class SftConfig(Frozen):
     source: str = Field("storyworld", description="storyworld questions, a name from jaxlm.data.sources, or file")
     path: str | None = Field(None, description="source=file: .jsonl or .json of prompt/response, instruction/output or messages")
     n_examples: Positive = Field(8000, description="storyworld: questions to train on")
+    seq_len: Positive | None = Field(None, description="T, tokens per packed row; empty: data.seq_len")
     template: str = Field("{prompt} ", description="text before the response; {prompt} is replaced")
     train: TrainOptions = TrainOptions()
 
@@ -290,7 +291,7 @@ class RunConfig(Frozen):
     name: str = cosmetic("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names runs/<name>")
     root: str = cosmetic(".", description="directory that holds store/ and runs/")
     launcher: Literal["process", "inline"] = cosmetic("process", description="inline: run stages in the calling process")
-    seed: NonNegative = Field(0, description="decides initialisation, data order, dropout and samples")
+    seed: NonNegative = Field(0, lt=2**32, description="decides initialisation, data order, dropout and samples")
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
@@ -313,6 +314,8 @@ class RunConfig(Frozen):
     def _fits(self) -> Self:
         if self.model.kind == "transformer" and self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len={self.data.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
+        if self.model.kind == "transformer" and (self.sft.seq_len or 0) > self.model.max_seq_len:
+            raise ValueError(f"sft.seq_len={self.sft.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
         if self.sft.enabled and self.sft.source == "storyworld" and self.data.source != "storyworld":
             raise ValueError(
                 f"sft.source=storyworld needs data.source=storyworld, found {self.data.source}; "
@@ -391,7 +394,8 @@ def validated(model: type[M], values: dict[str, Any], where: str = "") -> M:
         return model.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_sentence(model, item) for item in error.errors())
-        raise InputError(f"{where}: {problems}." if where else f"{problems}.") from None
+        stop = "" if problems.endswith(("?", ".")) else "."
+        raise InputError(f"{where}: {problems}{stop}" if where else f"{problems}{stop}") from None
 
 
 def _sentence(model: type[BaseModel], error: Any) -> str:

@@ -34,7 +34,7 @@ _LESSON = dict(
 
 # What trains fastest at small sizes on a CPU: docs/recipe.md has the ablation.
 _SPEED = dict(
-    norm="rms", norm_scale=False, position="rotary", mlp="relu2", qk_norm=True, qk_norm_scale=False,
+    norm="rms", norm_scale=False, position="rotary", mlp="relu2", qk_norm=True, embed_mix=4,
     tie_embeddings=False, zero_init_out=True, zero_init_head=True, logit_softcap=15.0, init_scheme="fan_in",
 )  # fmt: skip
 

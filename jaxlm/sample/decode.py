@@ -119,7 +119,7 @@ def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: in
         n_new=jnp.zeros(batch, jnp.int32),
         tokens=jnp.full((batch, n_new), -1, jnp.int32),
         log_probs=jnp.zeros((batch, n_new), jnp.float32),
-        finished=jnp.where(held > 0, RUNNING, LENGTH),
+        finished=jnp.where(held > 0, RUNNING, LENGTH).astype(jnp.int32),  # not weakly typed: one signature
     )
 
 

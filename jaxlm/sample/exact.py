@@ -94,10 +94,9 @@ def add_up(x: Digits) -> Digits:
     return carry(*_reduce(tuple(x), (0, 0, 0), lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2])))
 
 
-def running(x: Digits | Limbs) -> Digits:
-    """Inclusive cumulative sums along the last axis: of at most 1024 digits, or within one block of limbs."""
-    places = jnp.cumsum(jnp.stack(x), axis=-1)  # one scan over a stack compiles sooner than several
-    return carry(places[0], places[1], places[2]) if isinstance(x, Digits) else carry(0, places[0], places[1])
+def sums_where(mask: jax.Array, x: Limbs) -> Digits:
+    """For every place, the sum of the limbs [B, W] that bool[B, place, W] selects; W at most 1024."""
+    return block_sums(Limbs(*(jnp.where(mask, limb[:, None, :], 0) for limb in x)))
 
 
 def plus(a: Digits, b: Digits) -> Digits:

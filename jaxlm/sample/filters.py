@@ -108,21 +108,21 @@ def filter_logits(
         (arXiv 2407.01082) for min-p.
     """
     logits = jnp.asarray(logits)
-    return _filter(logits, options(logits, temperature, top_k, top_p, min_p), window)
+    return _filter(logits, per_row(logits, temperature, top_k, top_p, min_p), window)
 
 
 @partial(jax.jit, static_argnums=2)
 def _filter(logits: jax.Array, option: Options, window: int | None) -> jax.Array:
     rows = as_rows(logits, option)
     found = look(rows, window)
-    threshold = lax.cond(found.suffices.all(), lambda: found.threshold, lambda: _search_rows(rows))
+    threshold = lax.cond(found.suffices.all(), lambda: found.threshold, lambda: search(rows))
     kept = keeps(rows, exact.sortable(rows.y), relative(rows.y, rows.largest), threshold)
     first = jnp.arange(rows.y.shape[1]) == first_largest(rows)[:, None]
     y = jnp.where(jnp.where(rows.greedy[:, None], first, kept), rows.y, -jnp.inf)
     return jnp.where(jnp.isnan(rows.largest)[:, None], jnp.nan, y).reshape(logits.shape)
 
 
-def options(logits: jax.Array, temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike, min_p: ArrayLike) -> Options:
+def per_row(logits: jax.Array, temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike, min_p: ArrayLike) -> Options:
     """One entry a row of each option, so that scalars, arrays and defaults all run the same compiled program."""
     vocab = logits.shape[-1] if logits.ndim else 0
     if not 0 < vocab <= exact.MAX_VOCAB:
@@ -175,45 +175,59 @@ def keeps(rows: Rows, key: jax.Array, prob: jax.Array, threshold: jax.Array) -> 
     return (key >= threshold.reshape(wide)) & (prob >= rows.min_p.reshape(wide))
 
 
-def blocked(y: jax.Array) -> jax.Array:
-    """[B, V] -> [B, N, block], padded with -inf."""
-    block = min(exact.BLOCK, y.shape[1])
-    return jnp.pad(y, ((0, 0), (0, -y.shape[1] % block)), constant_values=-jnp.inf).reshape(y.shape[0], -1, block)
+def search(rows: Rows, u: tuple[jax.Array, ...] | None = None) -> jax.Array:
+    """Searches the whole vocabulary for what top-k and top-p keep, and for the token that a uniform number draws.
 
+    All three are one question, asked of other keys and weights: the smallest key such that all keys up to it weigh more
+    than a limit. For top-k the keys are logits and the weights 1, for top-p the weights are probabilities, and for the
+    draw the keys are places in the vocabulary.
 
-def _search_rows(rows: Rows) -> jax.Array:
-    y = blocked(rows.y)
-    return search(rows, y, relative(y, rows.largest))
+    Args:
+        rows: the logits.
+        u: a uniform number per row as three base-4096 digits, int32[B] each, or None to draw nothing.
 
+    Returns:
+        int32[B]: the smallest sortable key that top-k and top-p keep, or the token drawn.
+    """
+    batch, vocab = rows.y.shape
+    block = min(exact.BLOCK, vocab)
+    y = jnp.pad(rows.y, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf).reshape(batch, -1, block)
+    logit = exact.sortable(y)
+    place = exact.sortable(jnp.arange(y[0].size, dtype=jnp.float32)).reshape(y.shape[1:])
+    prob = relative(y, rows.largest)
+    most, none = exact.sortable(rows.largest), jnp.zeros(batch, jnp.int32)
 
-def search(rows: Rows, y: jax.Array, prob: jax.Array) -> jax.Array:
-    """The smallest key that top-k and top-p keep, int32[B], by search over the whole vocabulary [B, N, block]."""
-    key, highest = exact.sortable(y), exact.sortable(rows.largest)
-    size, none = y.shape[1] * y.shape[2], jnp.zeros_like(highest)
-    by_k = usable(rows) & (rows.top_k > 0) & (rows.top_k < rows.y.shape[1])
+    by_k = usable(rows) & (rows.top_k > 0) & (rows.top_k < vocab)
     by_p = usable(rows) & (rows.top_p < 1)
+    draws = usable(rows) & ~rows.greedy
+    # At most V - k tokens are no more likely than a dropped one; the padding counts too.
+    count = exact.Digits(none, none, y[0].size - rows.top_k)
 
-    def stage(at_p: jax.Array, threshold: jax.Array) -> jax.Array:
-        # Top-k is a tail rule too: every token weighs one quantum; at most V - k are no more likely than a dropped one.
-        left = jnp.where(key >= threshold[:, None, None], prob, 0.0)
-        weight = jnp.where(at_p, left, np.float32(2.0**-40))
+    def stage(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        at_k, at_draw = i == 0, i == 2
+        kept = (logit >= threshold[:, None, None]) & ((prob >= rows.min_p[:, None, None]) | ~at_draw)
+        weight = jnp.where(at_k, np.float32(2.0**-40), jnp.where(kept, prob, 0.0))
         total = exact.add_up(exact.block_sums(exact.limbs(weight)))
-        share = exact.scaled(total, _tail_share(rows.top_p))
-        count = exact.Digits(none, none, size - rows.top_k)
-        limit = exact.Digits(*(jnp.where(at_p, p, k) for p, k in zip(share, count, strict=True)))
-        bound = jnp.where(at_p, jnp.maximum(threshold, exact.sortable(rows.largest - _NEGLIGIBLE)), _MINUS_INF)
-        wanted = jnp.where(at_p, by_p, by_k)
-        found = exact.tail_threshold(key, weight, limit, jnp.where(wanted, bound, highest), highest, total)
+        part = _tail_share(rows.top_p)
+        if u is not None:
+            part = tuple(jnp.where(at_draw, drawn, p) for drawn, p in zip(u, part, strict=True))
+        limit = exact.Digits(*(jnp.where(at_k, c, t) for c, t in zip(count, exact.scaled(total, part), strict=True)))
+        wanted = jnp.where(at_k, by_k, jnp.where(at_draw, draws, by_p))
+        high = jnp.where(at_draw, place[-1, -1], most)
+        low = jnp.where(at_k, _MINUS_INF, jnp.where(at_draw, 0, exact.sortable(rows.largest - _NEGLIGIBLE)))
+        key = jnp.where(at_draw, place, logit)
+        found = exact.tail_threshold(key, weight, limit, jnp.where(wanted, low, high), high, total)
         return jnp.where(wanted, found, threshold)
 
-    # A loop over both stages, so that the search is compiled once; one that no row wants is left out.
-    first, end = jnp.where(by_k.any(), 0, 1), jnp.where(by_p.any(), 2, 1)
-    return lax.fori_loop(first, end, lambda i, threshold: stage(i == 1, threshold), none + _KEEP_ALL)
+    # A loop over the stages, so that the search is compiled once; those that no row wants are left out.
+    first, end = jnp.where(by_k.any(), 0, jnp.where(by_p.any(), 1, 2)), 2 if u is None else 3
+    found = lax.fori_loop(first, end, stage, none + _KEEP_ALL)
+    return found if u is None else exact.unsortable(found).astype(jnp.int32)
 
 
-def _tail_share(p: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _tail_share(p: jax.Array) -> tuple[jax.Array, ...]:
     share = ((1.0 - p) * np.float32(2.0**24)).astype(jnp.int32)  # exact: 1 - p is a multiple of 2**-24
-    return share >> 12, share & 0xFFF
+    return share >> 12, share & 0xFFF, jnp.zeros_like(share)
 
 
 def look(rows: Rows, width: int | None) -> Window:
@@ -243,11 +257,9 @@ def look(rows: Rows, width: int | None) -> Window:
     suffices = may_do.all() & (exempt | (threshold > key[:, -1]))  # else a tie may reach beyond the window
 
     weight = exact.limbs(jnp.where(key >= threshold[:, None], prob, 0.0))
-    upto = exact.running(weight)
-    more_likely = exact.Digits(*(jnp.pad(d[:, :-1], ((0, 0), (1, 0))) for d in upto))
-    total = exact.Digits(*(d[:, -1:] for d in upto))
+    total = exact.block_sums(exact.Limbs(*(limb[:, None] for limb in weight)))
     limit = exact.scaled(total, tuple(share[:, None] for share in _tail_share(rows.top_p)))
-    # The first of several equal tokens decides for all of them: those before it are exactly the more likely ones.
-    heavy = exact.above(total, exact.plus(more_likely, limit)).at[:, 0].set(True)
+    more_likely = exact.sums_where(key[:, None, :] > key[:, :, None], weight)
+    heavy = exact.above(total, exact.plus(more_likely, limit)) | (key == key[:, :1])
     at_p = jnp.where(heavy & (key >= threshold[:, None]), key, key[:, :1]).min(-1)
     return Window(key, prob, token, jnp.where(rows.top_p < 1, at_p, threshold), suffices)

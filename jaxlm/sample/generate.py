@@ -127,6 +127,8 @@ def generate(
         raise InputError(f"slots: must be at least 1, found {slots}.")
 
     key = jax.random.key(0) if key is None else key
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        raise InputError(f"key: expected one typed key (jax.random.key), found {key.dtype} of shape {key.shape}.")
     n_vocab = min(cfg.vocab_size, tokenizer.vocab_size) if tokenizer is not None else cfg.vocab_size
     dparams = decoding.prepare(cfg, params)
     running = []
@@ -136,7 +138,7 @@ def generate(
         state = decoding.prefill(cfg, dparams, asked.prompt, capacity=width + room, n_new=room)
         if stops:
             assert tokenizer is not None
-            state = _decode_watching(cfg, dparams, asked, state, group, stops, tuple(stop_ids), tokenizer)
+            state = _decode_watching(cfg, dparams, asked, state, stops, tokenizer)
         else:
             state = decoding.decode(cfg, dparams, asked, state, room)
         running.append((group, (state.tokens, state.log_probs, state.n_new, state.finished)))  # not the cache
@@ -234,28 +236,28 @@ def _pack(
     stops = np.full((slots, bucket(len(stop_ids))), -1, np.int32)
     stops[:, : len(stop_ids)] = stop_ids
 
-    return decoding.Requests(
-        key=_keys(rows, key),
-        prompt=prompt,
-        max_new=np.array([r.max_new for r in rows], np.int32),
-        min_new=column("min_new_tokens", np.int32),
-        temperature=column("temperature"),
-        top_k=column("top_k", np.int32),
-        top_p=column("top_p"),
-        min_p=column("min_p"),
-        repetition=column("repetition_penalty"),
-        presence=column("presence_penalty"),
-        frequency=column("frequency_penalty"),
-        edit_ids=edit_ids,
-        edit_values=edit_values,
-        stop_ids=stops,
-        n_vocab=np.int32(n_vocab),
-    )
+    arrays = {
+        "prompt": prompt,
+        "max_new": np.array([r.max_new for r in rows], np.int32),
+        "min_new": column("min_new_tokens", np.int32),
+        "temperature": column("temperature"),
+        "top_k": column("top_k", np.int32),
+        "top_p": column("top_p"),
+        "min_p": column("min_p"),
+        "repetition": column("repetition_penalty"),
+        "presence": column("presence_penalty"),
+        "frequency": column("frequency_penalty"),
+        "edit_ids": edit_ids,
+        "edit_values": edit_values,
+        "stop_ids": stops,
+        "n_vocab": np.int32(n_vocab),
+    }
+    return decoding.Requests(key=_keys(rows, key), **jax.device_put(arrays))
 
 
 @jax.jit
 def _fold_all(key: jax.Array, index: jax.Array, seed: jax.Array, seeded: jax.Array) -> jax.Array:
-    own = jax.vmap(jax.random.key)(seed)
+    own = jax.vmap(lambda s: jax.random.key(s, impl=jax.random.key_impl(key)))(seed)
     shared = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
     return jax.vmap(jax.numpy.where)(seeded, own, shared)
 
@@ -271,9 +273,7 @@ def _decode_watching(
     params: Params,
     asked: decoding.Requests,
     state: decoding.State,
-    group: list[_Request],
     stops: tuple[str, ...],
-    stop_ids: tuple[int, ...],
     tokenizer: Decodes,
 ) -> decoding.State:
     """Decodes a few tokens at a time, and marks rows whose text holds a stop string as finished."""
@@ -282,11 +282,11 @@ def _decode_watching(
         tokens, n_new = np.asarray(state.tokens), np.asarray(state.n_new)
         finished = np.array(state.finished)
         for row in np.flatnonzero(finished == decoding.RUNNING):
-            if row < len(group) and _find(tokenizer.decode(tokens[row, : n_new[row]].tolist()), stops) >= 0:
+            if _find(tokenizer.decode(tokens[row, : n_new[row]].tolist()), stops) >= 0:
                 finished[row] = decoding.STOP
-        if not (finished == decoding.RUNNING).any():
-            return state._replace(finished=finished)
         state = state._replace(finished=jax.numpy.asarray(finished))
+        if not (finished == decoding.RUNNING).any():
+            break
     return state
 
 

@@ -54,7 +54,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     banned_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
     seed: int | None = None
@@ -67,9 +67,10 @@ class Sampling:
         if self.repetition_penalty == 0:
             raise InputError("sampling.repetition_penalty: must be above 0, found 0; 1 turns it off.")
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        object.__setattr__(self, "logit_bias", tuple((token, bias) for token, bias in pairs))
+        biases = tuple((token, bias) for token, bias in pairs)
+        object.__setattr__(self, "logit_bias", biases)
         object.__setattr__(self, "banned_ids", tuple(self.banned_ids))
-        for token, bias in self.logit_bias:
+        for token, bias in biases:
             _check("sampling.logit_bias", token, 0, 2**31 - 1, True)
             _check(f"sampling.logit_bias of id {token}", bias, -math.inf, math.inf, False)
         for token in self.banned_ids:
@@ -77,11 +78,8 @@ class Sampling:
 
     @property
     def edits(self) -> dict[int, float]:
-        """What is added to which logits; -inf for banned ids. Biases of one id add up."""
-        total: dict[int, float] = {}
-        for token, bias in self.logit_bias:
-            total[token] = total.get(token, 0.0) + bias
-        return total | dict.fromkeys(self.banned_ids, -math.inf)
+        """What is added to which logits; -inf for banned ids."""
+        return dict(self.logit_bias) | dict.fromkeys(self.banned_ids, -math.inf)
 
 
 def _check(name: str, value: object, least: float, most: float, integer: bool) -> None:

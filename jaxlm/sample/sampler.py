@@ -46,9 +46,12 @@ def sample_token(
         InputError: a vocabulary outside 1 .. 524,288, or keys that do not match the rows.
     """
     logits = jnp.asarray(logits)
-    if keys.shape != logits.shape[:-1]:
-        raise InputError(f"keys of shape {keys.shape}: logits of shape {logits.shape} need one typed key a row.")
-    return _sample(keys, logits, filters.options(logits, temperature, top_k, top_p, min_p), window)
+    if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != logits.shape[:-1]:
+        raise InputError(
+            f"keys: expected typed keys of shape {logits.shape[:-1]} (jax.random.key), one for each row of logits, "
+            f"found {keys.dtype} of shape {keys.shape}."
+        )
+    return _sample(keys, logits, filters.per_row(logits, temperature, top_k, top_p, min_p), window)
 
 
 @partial(jax.jit, static_argnums=3)
@@ -62,8 +65,8 @@ def _sample(keys: jax.Array, logits: jax.Array, option: Options, window: int | N
     def draw() -> jax.Array:
         found = filters.look(rows, window)
         if not found.key.shape[1]:
-            return _from_all(rows, u)
-        return lax.cond(found.suffices.all(), lambda: _from_window(rows, found, u), lambda: _from_all(rows, u))
+            return filters.search(rows, u)
+        return lax.cond(found.suffices.all(), lambda: _from_window(rows, found, u), lambda: filters.search(rows, u))
 
     token = lax.cond(rows.greedy.all(), lambda: largest, draw)
     token = jnp.where(filters.usable(rows), jnp.where(rows.greedy, largest, token), -1)
@@ -73,27 +76,7 @@ def _sample(keys: jax.Array, logits: jax.Array, option: Options, window: int | N
 def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Array:
     kept = filters.keeps(rows, found.key, found.prob, found.threshold)
     weight = exact.limbs(jnp.where(kept, found.prob, 0.0))
-    # In vocabulary order: [B, i, j] says that token j comes no later than token i.
-    upto = found.token[:, None, :] <= found.token[:, :, None]
-    cumulative = exact.block_sums(exact.Limbs(*(jnp.where(upto, limb[:, None, :], 0) for limb in weight)))
-    mark = exact.scaled(exact.block_sums(weight), u)
-    passed = exact.above(cumulative, exact.Digits(*(digit[:, None] for digit in mark)))
-    return jnp.where(passed, found.token, rows.y.shape[1]).min(-1)
-
-
-def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
-    y = filters.blocked(rows.y)
-    prob = filters.relative(y, rows.largest)
-    kept = filters.keeps(rows, exact.sortable(y), prob, filters.search(rows, y, prob))
-    weight = exact.limbs(jnp.where(kept, prob, 0.0))
-    # First the block, then the token in it, so that nothing as long as the vocabulary is ever accumulated.
-    cumulative = exact.running(exact.block_sums(weight))
-    mark = exact.scaled(exact.Digits(*(digit[:, -1] for digit in cumulative)), u)
-    mark = exact.Digits(*(digit[:, None] for digit in mark))
-    block = (~exact.above(cumulative, mark)).sum(-1, keepdims=True)
-    earlier = jnp.maximum(block - 1, 0)
-    before = (jnp.where(block > 0, jnp.take_along_axis(digit, earlier, axis=1), 0) for digit in cumulative)
-    members = exact.Limbs(*(jnp.take_along_axis(limb, block[:, :, None], axis=1)[:, 0] for limb in weight))
-    inside = exact.plus(exact.Digits(*before), exact.running(members))
-    place = (~exact.above(inside, mark)).sum(-1)
-    return block[:, 0] * y.shape[2] + place
+    cumulative = exact.sums_where(found.token[:, None, :] <= found.token[:, :, None], weight)  # in vocabulary order
+    total = exact.block_sums(exact.Limbs(*(limb[:, None] for limb in weight)))
+    mark = exact.scaled(total, tuple(digit[:, None] for digit in u))
+    return jnp.where(exact.above(cumulative, mark), found.token, rows.y.shape[1]).min(-1)

@@ -136,9 +136,9 @@ def _tokenize_sft(cfg: RunConfig) -> Settings:
     """Packed rows of prompt/response pairs."""
     sections = {"data": cfg.data, "sft": cfg.sft}
     if cfg.sft.source == "storyworld":
-        decides = {"data": ("seq_len", "world"), "sft": ("source", "template", "n_examples")}
+        decides = {"data": ("seq_len", "world"), "sft": ("source", "template", "n_examples", "seq_len")}
         return _split(sections, decides, {"seed": cfg.seed}, hide=("sft.train",))
-    decides = {"data": ("seq_len",), "sft": ("source", "template")}
+    decides = {"data": ("seq_len",), "sft": ("source", "template", "seq_len")}
     return _split(sections, decides, {"files": _file("sft.path", cfg.sft.path)}, hide=("sft.train",))
 
 

@@ -31,17 +31,18 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         pairs, test = _story_questions(data.world, int(spec.settings["seed"]), sft.n_examples)
     else:
         pairs, test = _from_file(_path(sft))
+    seq_len = sft.seq_len or data.seq_len
     results: dict[str, Any] = {"indexes": {}, "examples": {}, "dropped": {}}
     for name, examples in pairs.items():
-        sequences, masks, stats = encode_examples(tokenizer, examples, sft.template, data.seq_len)
+        sequences, masks, stats = encode_examples(tokenizer, examples, sft.template, seq_len)
         if stats.n_dropped:
             say(
                 f"{name}: {stats.n_dropped} of {stats.n_examples} examples left out, "
-                f"their prompts leave no room in data.seq_len={data.seq_len}"
+                f"their prompts leave no room in seq_len={seq_len}"
             )
         results["indexes"][name] = write_rows(
             spec.directory,
-            pack_examples(sequences, masks, seq_len=data.seq_len),
+            pack_examples(sequences, masks, seq_len=seq_len),
             name=name,
             vocab_size=tokenizer.vocab_size,
             tokenizer_fingerprint=tokenizer.fingerprint,

@@ -94,5 +94,6 @@ def test_all_greedy_is_the_first_largest():
 
 
 def test_keys_must_match_the_rows():
-    with pytest.raises(InputError, match="one typed key a row"):
-        sample_token(jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 4)))
+    for keys in (jax.random.split(jax.random.key(0), 3), jax.random.key_data(jax.random.key(0))):
+        with pytest.raises(InputError, match=r"expected typed keys of shape \(2,\)"):
+            sample_token(keys, jnp.zeros((2, 4)))

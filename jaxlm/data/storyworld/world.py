@@ -32,8 +32,8 @@ class World:
             does not open with the weather.
         kinds: weights of the kinds of sentence that are no introductions; those impossible at the moment are left out.
         wordings: for each kind its wordings and their probabilities, which sum to 1.
-        ending: probability that the story ends after 0, 1, 2, ... sentences that are no introductions, once all have been
-            made; the last is 1.
+        ending: probability that the story ends after 0, 1, 2, ... sentences that are no introductions, once everybody
+            is introduced; the last is 1.
         questions: the types of question, asked in turn.
         n_people: people in a story.
         arrive: probability that the next of them is introduced after 0, 1, 2, ... sentences since the introduction of
@@ -210,7 +210,7 @@ RICH = World(
     kinds=(
         ("move", 0.12), ("join", 0.04), ("give", 0.07), ("trade", 0.03), ("paint", 0.03), ("feel", 0.10),
         ("turn", 0.01), ("act", 0.02), ("greet", 0.02),
-        ("where", 0.13), ("with", 0.10), ("had", 0.07), ("hue", 0.08), ("found", 0.09), ("felt", 0.07), ("sky", 0.02),
+        ("where", 0.15), ("with", 0.12), ("had", 0.08), ("hue", 0.10), ("found", 0.11), ("felt", 0.08), ("sky", 0.02),
     ),
     wordings=(
         ("dawn", (("It was a {sky} {time}.", 1.0),)),

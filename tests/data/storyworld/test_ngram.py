@@ -53,8 +53,8 @@ def test_longer_contexts_help_where_they_matter() -> None:
 def test_the_floor_is_far_below_five_tokens_of_context(name: str) -> None:
     world = WORLDS[name]
     ids = {word: index + 1 for index, word in enumerate(vocabulary(world))}
-    train = [[*(ids[word] for word in words_of(s.text)), 0] for s in stories(world, 0, "train", 800)]
-    held_out = list(stories(world, 0, "val", 100))
+    train = [[*(ids[word] for word in words_of(s.text)), 0] for s in stories(world, 0, "train", 500)]
+    held_out = list(stories(world, 0, "val", 40))
     tokens = [[*(ids[word] for word in words_of(s.text)), 0] for s in held_out]
     nats = fit(train, 5, vocab_size=len(ids) + 1).nats(tokens)
     assert nats > 1.25 * floor(held_out)

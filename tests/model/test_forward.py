@@ -1,0 +1,222 @@
+"""Properties that every model has, whatever its traits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import model
+
+QUICK_COMPILE = True
+
+TIGHT = {"rtol": 2e-5, "atol": 2e-5}  # float32, sums in another order
+
+
+@jax.jit
+def full(cfg: Any, params: Any, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
+    return model.apply(cfg, params, tokens, positions=positions, segment_ids=segment_ids)
+
+
+def places(tokens: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+
+def logits_of(cfg, params, tokens):
+    """Logits by the one compiled function of a model: positions from 0, one segment."""
+    return full(cfg, params, tokens, places(tokens), np.ones_like(tokens))
+
+
+def test_logits_are_float32_of_the_vocabulary(cfg, weights, tokens):
+    out = logits_of(cfg, weights(cfg), tokens)
+    assert out.dtype == jnp.float32
+    assert out.shape == (3, 8, cfg.vocab_size)
+    assert np.isfinite(out).all()
+    assert np.std(out) > 0.1  # the weights reach the logits
+
+
+@jax.jit
+def influence(cfg: Any, params: Any, row: Any) -> jax.Array:
+    """|d logits[t] / d embedding of the token at s|: float32[T, T]. Each token of the row is a different one."""
+
+    def logits(table: jax.Array) -> jax.Array:
+        if cfg.kind == "bigram":
+            return model.apply(cfg, {"bigram": {"table": table}}, row[None])[0]
+        hidden, _ = model.forward(cfg, params | {"embed": params["embed"] | {"tokens": table}}, row[None])
+        return model.unembed(cfg, params, hidden)[0]  # with the weights as they were: a tied head is no input
+
+    table = params["bigram"]["table"] if cfg.kind == "bigram" else params["embed"]["tokens"]
+    out, back = jax.vjp(logits, table)
+    direction = jnp.cos(jnp.arange(out.shape[-1], dtype=out.dtype))
+    cotangents = jnp.eye(len(row))[:, :, None] * direction
+    (grads,) = jax.vmap(back)(cotangents)  # [T, V, D]
+    return jnp.abs(grads).max(-1)[:, row]
+
+
+def test_no_logit_depends_on_a_later_token_and_each_on_every_earlier_one(cfg, weights, tokens):
+    grid = np.asarray(influence(cfg, weights(cfg), tokens[0]))
+    later = np.triu(np.ones_like(grid, bool), 1)
+    assert (grid[later] == 0).all()
+    earlier = np.eye(len(grid), dtype=bool) if cfg.kind == "bigram" else ~later
+    assert (grid[earlier] > 1e-6).all()
+    assert (grid[~earlier] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "nano", "lesson_sinusoidal"])
+def test_jit_equals_no_jit(models, name, weights, tokens):
+    cfg = models[name]
+    np.testing.assert_allclose(
+        model.apply(cfg, weights(cfg), tokens), logits_of(cfg, weights(cfg), tokens), **TIGHT
+    )  # also: no positions and no segments mean positions from 0 and one segment
+
+
+def test_scan_over_layers_and_remat_equal_unrolled_layers(transformer, weights, tokens):
+    params = weights(transformer)
+    other = transformer.replace(scan_layers=True, remat=True)
+    np.testing.assert_allclose(logits_of(other, params, tokens), logits_of(transformer, params, tokens), **TIGHT)
+
+
+def test_a_row_of_a_batch_equals_the_row_alone(models, weights, tokens):
+    for name in ("gpt2", "nano"):
+        params = weights(models[name])
+        alone = logits_of(models[name], params, tokens[1:2])
+        np.testing.assert_allclose(alone[0], logits_of(models[name], params, tokens)[1], **TIGHT)
+
+
+def test_packed_documents_equal_the_same_documents_alone(cfg, weights, tokens):
+    params = weights(cfg)
+    packed = tokens.copy()
+    packed[0] = np.concatenate([tokens[1, :5], tokens[2, :3]])
+    segment_ids = np.ones_like(tokens)
+    segment_ids[0, 5:] = 2
+    positions = places(tokens).copy()
+    positions[0, 5:] = np.arange(3)
+    out = full(cfg, params, packed, positions, segment_ids)
+    np.testing.assert_allclose(out[0, :5], out[1, :5], **TIGHT)
+    np.testing.assert_allclose(out[0, 5:], out[2, :3], **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["llama", "nano"])
+def test_segments_alone_keep_documents_apart(models, name, weights, tokens):
+    """Without positions of its own, a document still sees no token of the one before it."""
+    cfg, other = models[name], tokens.copy()
+    other[:, :5] = (other[:, :5] + 1) % cfg.vocab_size
+    segment_ids = np.ones_like(tokens)
+    segment_ids[:, 5:] = 2
+    first, second = (full(cfg, weights(cfg), each, places(tokens), segment_ids) for each in (tokens, other))
+    np.testing.assert_array_equal(first[:, 5:], second[:, 5:])
+    assert np.abs(first[:, :5] - second[:, :5]).max() > 1e-3
+
+
+prefill = jax.jit(lambda cfg, params, tokens, cache: step(cfg, params, tokens, cache))
+
+
+def step(cfg, params, tokens, cache):
+    hidden, cache = model.forward(cfg, params, tokens, cache=cache)
+    return model.unembed(cfg, params, hidden), cache
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_decoding_with_a_cache_equals_the_full_forward(cfg, weights, tokens, stacked):
+    if not stacked and cfg.kind == "bigram":
+        pytest.skip("a bigram has no layers to unstack")
+    params = weights(cfg)
+    expected = np.asarray(logits_of(cfg, params, tokens))
+    if not stacked:  # the layout of sample.prepare
+        params = params | {"blocks": model.unstack(params["blocks"], cfg.n_layers)}
+    lengths = np.array([4, 2, 3], np.int32)
+    prompts = np.where(np.arange(4) < lengths[:, None], tokens[:, :4], 0)  # right-padded
+    cache = model.init_cache(cfg, 3, 7, stacked=stacked)
+    out, cache = prefill(cfg, params, prompts, cache)
+    assert (cache.length == 4).all()
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(out[row, :length], expected[row, :length], **TIGHT)
+    cache = cache._replace(length=jnp.asarray(lengths))
+    for _ in range(3 if stacked else 1):
+        at = np.asarray(cache.length)
+        out, cache = prefill(cfg, params, tokens[np.arange(3), at][:, None], cache)
+        np.testing.assert_allclose(out[:, 0], expected[np.arange(3), at], **TIGHT)
+        np.testing.assert_array_equal(cache.length, at + 1)
+
+
+def test_scan_decodes_as_unrolled_layers_do(models, weights, tokens):
+    cfg = models["nano"]
+    cache = model.init_cache(cfg, 3, 7)
+    plain = prefill(cfg, weights(cfg), tokens[:, :4], cache)
+    scanned = prefill(cfg.replace(scan_layers=True), weights(cfg), tokens[:, :4], cache)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TIGHT), scanned, plain)
+
+
+def test_writes_beyond_the_cache_are_dropped():
+    from jaxlm.model.cache import write, write_tokens
+
+    cache = jnp.zeros((2, 4, 1, 1))
+    out = write(cache, jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1), jnp.array([3, 1]))
+    np.testing.assert_array_equal(out[:, :, 0, 0], [[0, 0, 0, 1], [0, 3, 4, 0]])
+    ids = write_tokens(jnp.zeros((2, 3), jnp.int32), jnp.array([[5, 6], [7, 8]]), jnp.array([2, 0]))
+    np.testing.assert_array_equal(ids, [[0, 0, 5], [7, 8, 0]])
+
+
+def test_segments_and_a_cache_do_not_go_together(models, weights, tokens):
+    cfg = models["gpt2"]
+    with pytest.raises(ValueError, match="segment_ids and cache"):
+        model.forward(cfg, weights(cfg), tokens, segment_ids=tokens, cache=model.init_cache(cfg, 3, 9))
+
+
+def test_dropout(models, weights, tokens):
+    cfg = models["gpt2"].replace(dropout=0.4)
+    params = weights(cfg)
+    forward = jax.jit(lambda cfg, key: model.forward(cfg, params, tokens, dropout_key=key)[0])
+    plain = forward(cfg, None)
+    first, again, other = (np.asarray(forward(cfg, jax.random.key(seed))) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - plain).max() > 0.1
+    np.testing.assert_array_equal(forward(cfg.replace(dropout=0.0), jax.random.key(1)), plain)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    from jaxlm.model.blocks import dropout
+
+    x = jnp.full(100_000, 2.0)
+    out = np.asarray(dropout(x, 0.25, jax.random.key(0)))
+    assert set(np.unique(out)) == {0.0, np.float32(2 / 0.75)}
+    assert abs((out == 0).mean() - 0.25) < 0.007  # 5 standard deviations of a binomial share
+    np.testing.assert_array_equal(dropout(x, 0.25, None), x)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "nano"])
+def test_bfloat16_compute_stays_near_float32_and_gives_float32_logits(models, name, weights, tokens):
+    cfg = models[name]
+    exact = np.asarray(logits_of(cfg, weights(cfg), tokens))
+    rough = logits_of(cfg.replace(compute_dtype="bfloat16"), weights(cfg), tokens)
+    assert rough.dtype == jnp.float32
+    error = np.abs(np.asarray(rough) - exact).max()
+    assert 1e-4 < error < 0.1 * np.abs(exact).max()  # 8 bits of mantissa: off, but not by much
+
+
+def test_softcap_bounds_the_logits(models, weights, tokens):
+    """Gemma 2 (arXiv 2408.00118): c tanh(x / c)."""
+    cfg = models["nano"].replace(logit_softcap=None)
+    params = jax.tree.map(lambda w: 3 * w, weights(cfg))
+    raw = np.asarray(logits_of(cfg, params, tokens))
+    assert np.abs(raw).max() > 5
+    capped = logits_of(cfg.replace(logit_softcap=5.0), params, tokens)
+    np.testing.assert_allclose(capped, 5 * np.tanh(raw / 5), **TIGHT)
+
+
+def test_the_configuration_is_static_under_jit(models):
+    """It travels in the tree's structure: `jit` takes it as any argument, and another one compiles anew."""
+    seen = []
+
+    @jax.jit
+    def f(cfg, x):
+        seen.append(cfg.n_layers)
+        return x * cfg.n_layers
+
+    assert [int(f(models["gpt2"].replace(n_layers=n), 1)) for n in (2, 3, 2)] == [2, 3, 2]
+    assert seen == [2, 3]
+    assert jax.tree.leaves(models["gpt2"]) == []

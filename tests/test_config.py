@@ -1,0 +1,365 @@
+"""Configuration: what is accepted, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from jaxlm.config import (
+    DataConfig, EvalConfig, Frozen, ModelConfig, RopeScaling, RunConfig, SftConfig, TokenizerConfig, TrainConfig,
+    TrainOptions, load, validated,
+)  # fmt: skip
+from jaxlm.errors import InputError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+HEX = "0" * 64
+
+
+def refused(values: dict[str, Any], model: type[Frozen] = RunConfig) -> str:
+    """The sentence with which `values` are refused."""
+    with pytest.raises(InputError) as caught:
+        validated(model, values)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert not sentence.endswith("..")
+    assert not sentence.endswith("?.")
+    return sentence
+
+
+def loaded(tmp_path: Path, text: str | bytes, *overrides: str) -> RunConfig:
+    file = tmp_path / "given.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(file, overrides)
+
+
+# Unknown names
+
+
+@pytest.mark.parametrize(
+    ("values", "place", "nearest"),
+    [
+        ({"sead": 1}, "sead", "seed"),
+        ({"train": {"step": 3}}, "train.step", "steps"),
+        ({"train": {"learning_rat": 3}}, "train.learning_rat", "learning_rate"),
+        ({"model": {"n_layer": 3}}, "model.n_layer", "n_layers"),
+        ({"model": {"presets": "nano"}}, "model.presets", "preset"),
+        ({"model": {"rope_scaling": {"factr": 3}}}, "model.rope_scaling.factr", "factor"),
+        ({"sft": {"train": {"warmup": 3}}}, "sft.train.warmup", "warmup_steps"),
+        ({"data": {"seqlen": 3}}, "data.seqlen", "seq_len"),
+        ({"tokenizer": {"typ": "char"}}, "tokenizer.typ", None),
+        ({"eval": {"tempreature": 1}}, "eval.tempreature", "temperature"),
+        ({"pretrain": {"init_form": "x"}}, "pretrain.init_form", "init_from"),
+    ],
+)
+def test_unknown_name_is_refused_with_the_nearest(values, place, nearest):
+    sentence = refused(values)
+    assert sentence.startswith(f"{place}: unknown option; ")
+    if nearest:
+        assert f"did you mean {nearest}?" in sentence
+    else:  # nothing is near: then all names are given
+        assert "known names: kind, name, unk, vocab_size" in sentence
+
+
+def test_unknown_name_beside_a_preset():
+    sentence = refused({"model": {"preset": "gpt2", "n_layer": 3}})
+    assert "n_layer: unknown option; did you mean n_layers?" in sentence
+    assert "model" in sentence
+
+
+def test_unknown_preset_names_the_nearest():
+    assert "did you mean gpt2?" in refused({"model": {"preset": "gpt-2"}})
+
+
+def test_a_key_that_is_not_text_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"given\.yaml: .*7"):
+        loaded(tmp_path, "7: 8\n")
+    with pytest.raises(InputError, match=r"given\.yaml: .*train.*True"):
+        loaded(tmp_path, "train: {yes: 8}\n")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),  # the state holds it as uint32
+        ({"train": {"steps": 0}}, "train.steps"),
+        ({"train": {"steps": 1.5}}, "train.steps"),
+        ({"train": {"steps": "many"}}, "train.steps"),
+        ({"train": {"steps": None}}, "train.steps"),
+        ({"train": {"learning_rate": 0}}, "train.learning_rate"),
+        ({"train": {"learning_rate": math.nan}}, "train.learning_rate"),
+        ({"train": {"learning_rate": math.inf}}, "train.learning_rate"),
+        ({"train": {"checkpoint_seconds": math.inf}}, "train.checkpoint_seconds"),
+        ({"train": {"checkpoint_every": -1}}, "train.checkpoint_every"),
+        ({"train": {"log_every": 0}}, "train.log_every"),
+        ({"train": {"beta2": 1.0}}, "train.beta2"),
+        ({"train": {"final_lr_ratio": 1.1}}, "train.final_lr_ratio"),
+        ({"train": {"optimizer": "sgd"}}, "train.optimizer"),
+        ({"sft": {"train": {"batch_size": 0}}}, "sft.train.batch_size"),
+        ({"model": {"n_layers": 0}}, "model.n_layers"),
+        ({"model": {"dropout": 1.0}}, "model.dropout"),
+        ({"model": {"norm_eps": math.nan}}, "model.norm_eps"),
+        ({"model": {"compute_dtype": "float16"}}, "model.compute_dtype"),
+        ({"model": {"embed_mix": 17}}, "model.embed_mix"),
+        ({"model": {"rope_scaling": {"factor": 0.5}}}, "model.rope_scaling.factor"),
+        ({"data": {"val_fraction": 1.0}}, "data.val_fraction"),
+        ({"data": {"seq_len": 0}}, "data.seq_len"),
+        ({"data": {"sha256": "xyz"}}, "data.sha256"),
+        ({"eval": {"top_p": -0.1}}, "eval.top_p"),
+        ({"eval": {"batch_size": 0}}, "eval.batch_size"),
+        ({"name": "../up"}, "name"),
+        ({"name": ""}, "name"),
+        ({"launcher": "thread"}, "launcher"),
+        ({"train": 3}, "train"),
+        ({"train": [1]}, "train"),
+    ],
+)
+def test_value_out_of_range_is_refused_with_its_field(values, field):
+    sentence = refused(values)
+    assert sentence.startswith(f"{field}: ")
+    value = values
+    for part in field.split("."):
+        value = value[part]
+    assert f"found {value!r}" in sentence
+
+
+def test_several_problems_are_named_at_once():
+    sentence = refused({"train": {"steps": 0, "beta1": 2.0}, "sead": 3})
+    assert all(part in sentence for part in ("train.steps", "train.beta1", "sead"))
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "words"),
+    [
+        (ModelConfig, {"d_model": 30, "n_heads": 4}, ["n_heads=4", "d_model=30"]),
+        (ModelConfig, {"d_model": 32, "n_heads": 4, "n_kv_heads": 3}, ["n_kv_heads=3", "n_heads=4"]),
+        (ModelConfig, {"d_model": 12, "n_heads": 4}, ["even head_dim", "3"]),
+        (ModelConfig, {"d_model": 9, "n_heads": 3, "position": "sinusoidal"}, ["even d_model", "9"]),
+        (ModelConfig, {"norm": "rms", "norm_bias": True}, ["norm_bias"]),
+        (ModelConfig, {"zero_init_head": True, "tie_embeddings": True}, ["zero_init_head", "tie_embeddings"]),
+        (ModelConfig, {"position": "learned", "rope_scaling": {}}, ["rope_scaling", "rotary"]),
+        (RopeScaling, {"low_freq_factor": 4.0, "high_freq_factor": 4.0}, ["high_freq_factor", "low_freq_factor"]),
+        (TrainOptions, {"steps": 10, "warmup_steps": 10}, ["warmup_steps=10", "steps=10"]),
+        (TrainOptions, {"batch_size": 6, "grad_accum_steps": 4}, ["grad_accum_steps=4", "batch_size=6"]),
+        (DataConfig, {"source": "file"}, ["path", "url"]),
+        (DataConfig, {"source": "file", "path": "a", "url": "b", "size": 1, "sha256": HEX}, ["path", "url"]),
+        (DataConfig, {"source": "storyworld", "path": "a"}, ["path", "storyworld"]),
+        (DataConfig, {"source": "file", "url": "http://x/y"}, ["size", "sha256"]),
+        (TokenizerConfig, {"kind": "named"}, ["name"]),
+        (TokenizerConfig, {"kind": "char", "name": "gpt2"}, ["name"]),
+        (SftConfig, {"source": "file"}, ["path"]),
+        (SftConfig, {"path": "a"}, ["path"]),
+        (SftConfig, {"template": "Question: "}, ["{prompt}"]),
+        (RunConfig, {"data": {"seq_len": 65}, "model": {"max_seq_len": 64}}, ["data.seq_len=65", "max_seq_len=64"]),
+        (RunConfig, {"data": {"source": "shakespeare"}}, ["sft.source", "sft.enabled=false"]),
+    ],
+)
+def test_fields_that_do_not_fit_together(model, values, words):
+    sentence = refused(values, model)
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [  # each a step inside one of the borders above
+        (ModelConfig, {"d_model": 30, "n_heads": 4, "head_dim": 8}),
+        (ModelConfig, {"d_model": 32, "n_heads": 4, "n_kv_heads": 1}),
+        (ModelConfig, {"kind": "bigram", "d_model": 7}),
+        (TrainOptions, {"steps": 10, "warmup_steps": 9}),
+        (TrainOptions, {"batch_size": 8, "grad_accum_steps": 4}),
+        (DataConfig, {"source": "file", "url": "http://x/y", "size": 1, "sha256": HEX}),
+        (RunConfig, {"data": {"seq_len": 64}, "model": {"max_seq_len": 64}}),
+        (RunConfig, {"data": {"source": "shakespeare"}, "sft": {"enabled": False}}),
+        (RunConfig, {"data": {"seq_len": 4096}, "model": {"kind": "bigram"}}),
+        (RunConfig, {"seed": 2**32 - 1}),
+    ],
+)
+def test_what_just_fits_is_accepted(model, values):
+    validated(model, values)
+
+
+# Objects
+
+
+@pytest.mark.parametrize("model", [ModelConfig, TrainConfig, RunConfig, DataConfig, EvalConfig])
+def test_configurations_are_frozen_and_hashable(model):
+    cfg = model()
+    field = next(iter(model.model_fields))
+    with pytest.raises(pydantic.ValidationError):
+        setattr(cfg, field, getattr(cfg, field))
+    assert hash(cfg) == hash(model())
+    assert cfg == model()
+
+
+def test_equal_configurations_are_one_key_and_different_ones_two():
+    one, other = ModelConfig(n_layers=2), ModelConfig(n_layers=3)
+    assert {one: 1, other: 2}[ModelConfig(n_layers=2)] == 1
+
+
+def test_replace_validates_again_and_leaves_the_original():
+    cfg = ModelConfig(d_model=64, n_heads=4)
+    assert cfg.replace(n_heads=8).n_heads == 8
+    assert cfg.n_heads == 4
+    with pytest.raises(InputError, match="n_heads=5 must divide d_model=64"):
+        cfg.replace(n_heads=5)
+    with pytest.raises(InputError, match="did you mean n_heads"):
+        cfg.replace(n_head=8)
+    nested = TrainConfig(model=cfg).replace(steps=7)
+    assert nested.model == cfg
+
+
+def test_derived_shapes():
+    cfg = ModelConfig(d_model=64, n_heads=4)
+    assert (cfg.kv_heads, cfg.d_head, cfg.ff) == (4, 16, 256)  # K = H, h = D / H, F = 4 D
+    cfg = cfg.replace(n_kv_heads=2, head_dim=24, d_ff=96)
+    assert (cfg.kv_heads, cfg.d_head, cfg.ff) == (2, 24, 96)
+
+
+def test_identity_leaves_out_what_decides_nothing():
+    plain = RunConfig()
+    cosmetic = RunConfig(
+        name="other", root="/elsewhere", launcher="inline",
+        train=TrainOptions(eval_every=7, eval_rows=3, checkpoint_every=5, checkpoint_seconds=1.0, keep_checkpoints=9,
+                           log_every=1, sample_tokens=0),
+        sft=SftConfig(train=TrainOptions(log_every=3)),
+        eval=EvalConfig(batch_size=3),
+    )  # fmt: skip
+    assert cosmetic.identity() == plain.identity()
+    assert "name" not in plain.identity()
+    assert "log_every" not in plain.identity()["sft"]["train"]
+    for changed in (
+        RunConfig(seed=1),
+        RunConfig(train=TrainOptions(steps=999)),
+        RunConfig(model=ModelConfig(norm_eps=1e-6)),
+        RunConfig(sft=SftConfig(train=TrainOptions(beta1=0.8))),
+        RunConfig(eval=EvalConfig(temperature=0.7)),
+    ):
+        assert changed.identity() != plain.identity()
+
+
+def test_identity_is_plain_json():
+    import json
+
+    cfg = RunConfig(model=ModelConfig(rope_scaling=RopeScaling()))
+    assert json.loads(json.dumps(cfg.identity())) == cfg.identity()
+    assert cfg.identity()["model"]["rope_scaling"]["factor"] == 8.0
+
+
+# YAML and --set
+
+
+def test_values_of_a_file_and_overrides(tmp_path):
+    cfg = loaded(
+        tmp_path,
+        "seed: 3\ntrain: {steps: 50, warmup_steps: 5}\nmodel: {preset: nano, n_layers: 2}\n",
+        "train.steps=60", "train.learning_rate=1e-3", "model.n_kv_heads=null", "sft.template='{prompt}='",
+        "model.scan_layers=true", "eval.top_p=.5", "tokenizer.kind=char",
+    )  # fmt: skip
+    assert (cfg.seed, cfg.train.steps, cfg.train.warmup_steps) == (3, 60, 5)
+    assert cfg.train.learning_rate == 0.001  # YAML 1.1 reads 1e-3 as text
+    assert cfg.model.n_kv_heads is None
+    assert cfg.model.scan_layers is True
+    assert cfg.model.n_layers == 2
+    assert cfg.model.mlp == "relu2"  # from the preset
+    assert cfg.sft.template == "{prompt}="
+    assert (cfg.eval.top_p, cfg.tokenizer.kind) == (0.5, "char")
+
+
+def test_the_run_is_named_after_the_file_unless_it_names_itself(tmp_path):
+    assert loaded(tmp_path, "").name == "given"
+    assert loaded(tmp_path, "name: mine").name == "mine"
+
+
+def test_override_makes_missing_sections_and_a_later_one_wins(tmp_path):
+    cfg = loaded(tmp_path, "", "sft.train.steps=5", "sft.train.steps=6", "model.rope_scaling.factor=2")
+    assert cfg.sft.train.steps == 6
+    assert cfg.model.rope_scaling == RopeScaling(factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", "expected section.field=value"),
+        ("=3", "expected section.field=value"),
+        ("train.steps=[1, 2]", "train.steps"),
+        ("train.steps=[1", "not readable as YAML"),
+        ("train.stepz=3", "train.stepz: unknown option; did you mean steps?"),
+        ("seed.x=3", "seed is not a section"),
+        ("train.steps=ten", "found 'ten'"),
+        ("train.learning_rate=nan", "train.learning_rate"),
+        ("train=3", "train"),
+        ("trane.steps=3", "did you mean train?"),
+        ("train..steps=3", "train"),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(tmp_path, override, words):
+    with pytest.raises(InputError) as caught:
+        loaded(tmp_path, "seed: 1", override)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"train: {steps: 3", "YAML"),
+        (b"- a\n- b\n", "expected a mapping"),
+        (b"just text", "expected a mapping"),
+        (b"name: caf\xe9\n", "YAML"),  # Latin-1
+        (b"seed: [1, 2]\n", "seed"),
+        (b"train: {steps: 3, warmup_steps: 3}\n", "warmup_steps=3 must be below steps=3"),
+        (b"!!python/object/apply:os.getcwd []\n", "YAML"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, text, words):
+    with pytest.raises(InputError) as caught:
+        loaded(tmp_path, text)
+    sentence = str(caught.value)
+    assert "given.yaml" in sentence
+    assert words in sentence
+    assert "\n" not in sentence
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.yaml: no such configuration file"):
+        load(tmp_path / "absent.yaml")
+    with pytest.raises(InputError, match="no such configuration file"):
+        load(tmp_path)  # a directory
+
+
+def test_an_empty_section_means_the_defaults_or_is_refused_by_name(tmp_path):
+    """`train:` with nothing under it is null in YAML."""
+    with pytest.raises(InputError, match=r"given\.yaml: train: .*found None"):
+        loaded(tmp_path, "train:\n")
+
+
+def test_a_bare_name_finds_a_checked_in_config(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("seed: 5\n")
+    monkeypatch.chdir(tmp_path)
+    assert load("mine").seed == 5
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_checked_in_config_loads(file):
+    assert load(file).name == file.stem
+
+
+def test_there_are_checked_in_configs():
+    assert "quickstart" in {file.stem for file in CONFIGS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("model", [RunConfig, ModelConfig, TrainConfig, DataConfig, TokenizerConfig, SftConfig, EvalConfig])
+def test_every_option_says_what_it_means(model):
+    silent = [
+        name
+        for name, field in model.model_fields.items()
+        if not field.description and not isinstance(field.default, Frozen)
+    ]
+    assert silent == []
