@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import pytest
 
@@ -24,3 +27,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         import jax
 
         jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture(scope="session")
+def parameter_shapes() -> Callable[[Any], dict[str, tuple[int, ...]]]:
+    """parameter_shapes(cfg) -> the shape of each parameter by its path, found without making it."""
+    import jax
+
+    from jaxlm import model
+    from jaxlm.model.weights import path_of
+
+    @cache
+    def shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
+        tree = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+        return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+    return shapes

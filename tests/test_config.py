@@ -10,8 +10,18 @@ import pydantic
 import pytest
 
 from jaxlm.config import (
-    DataConfig, EvalConfig, Frozen, ModelConfig, RopeScaling, RunConfig, SftConfig, TokenizerConfig, TrainConfig,
-    TrainOptions, load, validated,
+    DataConfig,
+    EvalConfig,
+    Frozen,
+    ModelConfig,
+    RopeScaling,
+    RunConfig,
+    SftConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TrainOptions,
+    load,
+    validated,
 )  # fmt: skip
 from jaxlm.errors import InputError
 
@@ -355,7 +365,9 @@ def test_there_are_checked_in_configs():
     assert "quickstart" in {file.stem for file in CONFIGS.glob("*.yaml")}
 
 
-@pytest.mark.parametrize("model", [RunConfig, ModelConfig, TrainConfig, DataConfig, TokenizerConfig, SftConfig, EvalConfig])
+@pytest.mark.parametrize(
+    "model", [RunConfig, ModelConfig, TrainConfig, DataConfig, TokenizerConfig, SftConfig, EvalConfig]
+)
 def test_every_option_says_what_it_means(model):
     silent = [
         name

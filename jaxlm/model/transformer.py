@@ -165,7 +165,7 @@ def forward(
         positions = jnp.broadcast_to(start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :], tokens.shape)
 
     with jax.named_scope("embed"):
-        x, history = _embed(cfg, params, tokens, positions, cache)
+        x, history = _embed(cfg, params, tokens, positions, segment_ids, cache)
     layer_keys: list[jax.Array] | None = None
     if dropout_key is not None and cfg.dropout > 0:
         embed_key, *layer_keys = jax.random.split(dropout_key, cfg.n_layers + 1)
@@ -184,14 +184,19 @@ def forward(
 
 
 def _embed(
-    cfg: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache | None
+    cfg: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Embeddings [B, T, D], and the cache's token history with `tokens` written to it."""
     dtype = jnp.dtype(cfg.compute_dtype)
     table = params["embed"]["tokens"].astype(dtype)
     x, history = table[tokens], None
     if cfg.embed_mix:
-        earlier, history = _earlier(cfg.embed_mix, table, x, tokens, positions, cache)
+        earlier, history = _earlier(cfg.embed_mix, table, x, tokens, positions, segment_ids, cache)
         x = x + jnp.einsum("jbtd,jd->btd", earlier, params["embed"]["mix"].astype(dtype))
     if cfg.embed_scale == "sqrt_d":
         x = x * jnp.asarray(cfg.d_model**0.5, dtype)
@@ -203,14 +208,20 @@ def _embed(
 
 
 def _earlier(
-    reach: int, table: jax.Array, x: jax.Array, tokens: jax.Array, positions: jax.Array, cache: Cache | None
+    reach: int,
+    table: jax.Array,
+    x: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Embeddings of the tokens 1 .. reach places back, [reach, B, T, D], zero where there is none; and the history.
 
     Mixed into the embedding of a place, they make a causal depthwise convolution: each place knows the few tokens
     before it, so one attention layer can look up "what came after this" where it would take two. Compare So et al.,
     Primer (arXiv 2109.08668, section 3.2), which convolves queries, keys and values; here decoding needs to remember
-    token ids only. Positions restart with every packed document, so nothing is mixed across a document's edge.
+    token ids only. Nothing is mixed across a document's edge: where positions restart, or the segment changes.
     """
     t = tokens.shape[1]
     if cache is None:
@@ -218,6 +229,9 @@ def _earlier(
         padded = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
         shifted = jnp.stack([padded[:, reach - j : reach - j + t] for j in range(1, reach + 1)])
         exists = jnp.stack([positions >= j for j in range(1, reach + 1)])
+        if segment_ids is not None:
+            ids = jnp.pad(segment_ids, ((0, 0), (reach, 0)), mode="edge")
+            exists &= jnp.stack([ids[:, reach - j : reach - j + t] == segment_ids for j in range(1, reach + 1)])
         return jnp.where(exists[..., None], shifted, 0), None
     assert cache.tokens is not None  # init_cache makes it for such a model
     history = write_tokens(cache.tokens, tokens, cache.length)

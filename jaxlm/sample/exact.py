@@ -3,8 +3,8 @@
 A float sum depends on the order of its terms, so on batch shape, blocking and device. Here a probability, relative to
 the most likely token, becomes an integer number of quanta of 2**-40 in two limbs of 20 bits, and sums of those are
 exact: one path through the vocabulary and another give the same bits, and so the same token. A sum is a `Digits`: three
-int32 digits in base 2**20, most significant first. Rounding a term moves it by at most 2**-41 of the largest
-probability, which is less than float32 arithmetic itself does.
+int32 digits in base 2**20, most significant first. Cutting a term off loses less than 2**-40 of the largest
+probability, so a whole vocabulary loses no more than one rounding of a float32 sum does.
 
 Arrays over the vocabulary are blocked, [B, N, block] with N * block >= V: a block's limbs sum without overflow, and
 blocks are what the draw searches first.
@@ -97,6 +97,12 @@ def add_up(x: Digits) -> Digits:
 def sums_where(mask: jax.Array, x: Limbs) -> Digits:
     """For every place, the sum of the limbs [B, W] that bool[B, place, W] selects; W at most 1024."""
     return block_sums(Limbs(*(jnp.where(mask, limb[:, None, :], 0) for limb in x)))
+
+
+def running(x: Digits | Limbs) -> Digits:
+    """Inclusive cumulative sums along the last axis: of at most 1024 digits, or of limbs within one block."""
+    places = jnp.cumsum(jnp.stack(x), axis=-1)  # one scan over a stack compiles sooner than several
+    return carry(places[0], places[1], places[2]) if isinstance(x, Digits) else carry(0, places[0], places[1])
 
 
 def plus(a: Digits, b: Digits) -> Digits:

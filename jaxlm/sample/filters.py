@@ -115,7 +115,12 @@ def filter_logits(
 def _filter(logits: jax.Array, option: Options, window: int | None) -> jax.Array:
     rows = as_rows(logits, option)
     found = look(rows, window)
-    threshold = lax.cond(found.suffices.all(), lambda: found.threshold, lambda: search(rows))
+
+    def by_search() -> jax.Array:
+        y = blocked(rows.y)
+        return search(rows, y, relative(y, rows.largest))
+
+    threshold = lax.cond(found.suffices.all(), lambda: found.threshold, by_search)
     kept = keeps(rows, exact.sortable(rows.y), relative(rows.y, rows.largest), threshold)
     first = jnp.arange(rows.y.shape[1]) == first_largest(rows)[:, None]
     y = jnp.where(jnp.where(rows.greedy[:, None], first, kept), rows.y, -jnp.inf)
@@ -175,59 +180,47 @@ def keeps(rows: Rows, key: jax.Array, prob: jax.Array, threshold: jax.Array) -> 
     return (key >= threshold.reshape(wide)) & (prob >= rows.min_p.reshape(wide))
 
 
-def search(rows: Rows, u: tuple[jax.Array, ...] | None = None) -> jax.Array:
-    """Searches the whole vocabulary for what top-k and top-p keep, and for the token that a uniform number draws.
+def blocked(y: jax.Array) -> jax.Array:
+    """[B, V] -> [B, N, block], padded with -inf."""
+    block = min(exact.BLOCK, y.shape[1])
+    return jnp.pad(y, ((0, 0), (0, -y.shape[1] % block)), constant_values=-jnp.inf).reshape(y.shape[0], -1, block)
 
-    All three are one question, asked of other keys and weights: the smallest key such that all keys up to it weigh more
-    than a limit. For top-k the keys are logits and the weights 1, for top-p the weights are probabilities, and for the
-    draw the keys are places in the vocabulary.
+
+def search(rows: Rows, y: jax.Array, prob: jax.Array) -> jax.Array:
+    """The smallest sortable key that top-k and top-p keep, int32[B], by search over the whole vocabulary.
 
     Args:
-        rows: the logits.
-        u: a uniform number per row as three base-4096 digits, int32[B] each, or None to draw nothing.
-
-    Returns:
-        int32[B]: the smallest sortable key that top-k and top-p keep, or the token drawn.
+        rows: the logits and options.
+        y: `blocked(rows.y)`.
+        prob: float32, of y's shape: its relative probabilities.
     """
-    batch, vocab = rows.y.shape
-    block = min(exact.BLOCK, vocab)
-    y = jnp.pad(rows.y, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf).reshape(batch, -1, block)
-    logit = exact.sortable(y)
-    place = exact.sortable(jnp.arange(y[0].size, dtype=jnp.float32)).reshape(y.shape[1:])
-    prob = relative(y, rows.largest)
-    most, none = exact.sortable(rows.largest), jnp.zeros(batch, jnp.int32)
-
-    by_k = usable(rows) & (rows.top_k > 0) & (rows.top_k < vocab)
+    key, most = exact.sortable(y), exact.sortable(rows.largest)
+    size, none = y.shape[1] * y.shape[2], jnp.zeros_like(most)
+    by_k = usable(rows) & (rows.top_k > 0) & (rows.top_k < rows.y.shape[1])
     by_p = usable(rows) & (rows.top_p < 1)
-    draws = usable(rows) & ~rows.greedy
-    # At most V - k tokens are no more likely than a dropped one; the padding counts too.
-    count = exact.Digits(none, none, y[0].size - rows.top_k)
+    # Top-k is a tail rule too: every token weighs one quantum, and at most V - k are no more likely than a dropped one.
+    count = exact.Digits(none, none, size - rows.top_k)
 
     def stage(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        at_k, at_draw = i == 0, i == 2
-        kept = (logit >= threshold[:, None, None]) & ((prob >= rows.min_p[:, None, None]) | ~at_draw)
-        weight = jnp.where(at_k, np.float32(2.0**-40), jnp.where(kept, prob, 0.0))
+        at_k = i == 0
+        left = jnp.where(key >= threshold[:, None, None], prob, 0.0)
+        weight = jnp.where(at_k, np.float32(2.0**-40), left)
         total = exact.add_up(exact.block_sums(exact.limbs(weight)))
-        part = _tail_share(rows.top_p)
-        if u is not None:
-            part = tuple(jnp.where(at_draw, drawn, p) for drawn, p in zip(u, part, strict=True))
-        limit = exact.Digits(*(jnp.where(at_k, c, t) for c, t in zip(count, exact.scaled(total, part), strict=True)))
-        wanted = jnp.where(at_k, by_k, jnp.where(at_draw, draws, by_p))
-        high = jnp.where(at_draw, place[-1, -1], most)
-        low = jnp.where(at_k, _MINUS_INF, jnp.where(at_draw, 0, exact.sortable(rows.largest - _NEGLIGIBLE)))
-        key = jnp.where(at_draw, place, logit)
-        found = exact.tail_threshold(key, weight, limit, jnp.where(wanted, low, high), high, total)
-        return jnp.where(wanted, found, threshold)
+        share = exact.scaled(total, _tail_share(rows.top_p))
+        limit = exact.Digits(*(jnp.where(at_k, k, p) for k, p in zip(count, share, strict=True)))
+        low = jnp.where(at_k, _MINUS_INF, exact.sortable(rows.largest - _NEGLIGIBLE))
+        wanted = jnp.where(at_k, by_k, by_p)
+        found = exact.tail_threshold(key, weight, limit, jnp.where(wanted, low, most), most, total)
+        return jnp.where(wanted, jnp.maximum(found, threshold), threshold)
 
-    # A loop over the stages, so that the search is compiled once; those that no row wants are left out.
-    first, end = jnp.where(by_k.any(), 0, jnp.where(by_p.any(), 1, 2)), 2 if u is None else 3
-    found = lax.fori_loop(first, end, stage, none + _KEEP_ALL)
-    return found if u is None else exact.unsortable(found).astype(jnp.int32)
+    # A loop over both stages, so that the search is compiled once; one that no row wants is left out.
+    first, end = jnp.where(by_k.any(), 0, 1), jnp.where(by_p.any(), 2, 1)
+    return lax.fori_loop(first, end, stage, none + _KEEP_ALL)
 
 
-def _tail_share(p: jax.Array) -> tuple[jax.Array, ...]:
+def _tail_share(p: jax.Array) -> tuple[jax.Array, jax.Array]:
     share = ((1.0 - p) * np.float32(2.0**24)).astype(jnp.int32)  # exact: 1 - p is a multiple of 2**-24
-    return share >> 12, share & 0xFFF, jnp.zeros_like(share)
+    return share >> 12, share & 0xFFF
 
 
 def look(rows: Rows, width: int | None) -> Window:

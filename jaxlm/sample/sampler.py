@@ -65,8 +65,8 @@ def _sample(keys: jax.Array, logits: jax.Array, option: Options, window: int | N
     def draw() -> jax.Array:
         found = filters.look(rows, window)
         if not found.key.shape[1]:
-            return filters.search(rows, u)
-        return lax.cond(found.suffices.all(), lambda: _from_window(rows, found, u), lambda: filters.search(rows, u))
+            return _from_all(rows, u)
+        return lax.cond(found.suffices.all(), lambda: _from_window(rows, found, u), lambda: _from_all(rows, u))
 
     token = lax.cond(rows.greedy.all(), lambda: largest, draw)
     token = jnp.where(filters.usable(rows), jnp.where(rows.greedy, largest, token), -1)
@@ -80,3 +80,20 @@ def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Arr
     total = exact.block_sums(exact.Limbs(*(limb[:, None] for limb in weight)))
     mark = exact.scaled(total, tuple(digit[:, None] for digit in u))
     return jnp.where(exact.above(cumulative, mark), found.token, rows.y.shape[1]).min(-1)
+
+
+def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
+    y = filters.blocked(rows.y)
+    prob = filters.relative(y, rows.largest)
+    kept = filters.keeps(rows, exact.sortable(y), prob, filters.search(rows, y, prob))
+    weight = exact.limbs(jnp.where(kept, prob, 0.0))
+    # First the block, then the token in it, so that nothing as long as the vocabulary is ever accumulated.
+    cumulative = exact.running(exact.block_sums(weight))
+    mark = exact.scaled(exact.Digits(*(digit[:, -1] for digit in cumulative)), u)
+    mark = exact.Digits(*(digit[:, None] for digit in mark))
+    block = (~exact.above(cumulative, mark)).sum(-1, keepdims=True)
+    earlier = jnp.maximum(block - 1, 0)
+    before = (jnp.where(block > 0, jnp.take_along_axis(digit, earlier, axis=1), 0) for digit in cumulative)
+    members = exact.Limbs(*(jnp.take_along_axis(limb, block[:, :, None], axis=1)[:, 0] for limb in weight))
+    inside = exact.plus(exact.Digits(*before), exact.running(members))
+    return block[:, 0] * y.shape[2] + (~exact.above(inside, mark)).sum(-1)

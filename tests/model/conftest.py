@@ -16,7 +16,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.presets import preset
 
 V, T, D = 13, 8, 16
-_SMALL: dict[str, Any] = dict(vocab_size=V, n_layers=2, d_model=D, n_heads=4, max_seq_len=16)
+_SMALL: dict[str, Any] = {"vocab_size": V, "n_layers": 2, "d_model": D, "n_heads": 4, "max_seq_len": 16}
 
 MODELS: dict[str, ModelConfig] = {
     "gpt2": preset("gpt2", **_SMALL),
@@ -27,7 +27,9 @@ MODELS: dict[str, ModelConfig] = {
     "lesson_sinusoidal": preset("lesson_sinusoidal", **{**_SMALL, "d_ff": 24}),
     "bigram": preset("bigram", vocab_size=V),
 }
-TRANSFORMERS = [name for name in MODELS if name != "bigram"]
+# Two of them add no trait of their own to what the others have together, and each compiles for seconds.
+_RARE = ("llama", "lesson_learned")
+_PARAMS = [pytest.param(name, marks=pytest.mark.slow if name in _RARE else ()) for name in MODELS]
 
 
 @cache
@@ -44,19 +46,13 @@ def _weights(cfg: ModelConfig, seed: int) -> Any:
 
 @pytest.fixture(scope="session")
 def weights() -> Callable[..., Any]:
-    """weights(cfg, seed=0): random parameters from numpy, so that zero-initialised ones take part and nothing compiles."""
+    """weights(cfg, seed=0): random parameters from numpy, so that none is zero and nothing has to compile."""
     return lambda cfg, seed=0: _weights(cfg, seed)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=_PARAMS)
 def cfg(request: pytest.FixtureRequest) -> ModelConfig:
     """Each model in turn."""
-    return MODELS[request.param]
-
-
-@pytest.fixture(params=TRANSFORMERS)
-def transformer(request: pytest.FixtureRequest) -> ModelConfig:
-    """Each model with blocks."""
     return MODELS[request.param]
 
 

@@ -19,6 +19,6 @@ class Compiled:
         return self.names.count(f"jit({function})")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled() -> Compiled:
     return Compiled()

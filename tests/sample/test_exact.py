@@ -52,6 +52,7 @@ def test_sums_are_those_of_integers():
     blocks = exact.block_sums(exact.limbs(jnp.asarray(x)))
     quanta = np.floor(x.astype(np.float64) * 2**40).astype(np.int64)  # exact in float64
     assert as_int(exact.add_up(blocks)) == [int(v) for v in quanta.sum((1, 2))]
+    assert as_int(exact.running(blocks)) == [int(v) for v in quanta.sum(2).cumsum(1).reshape(-1)]
     mask = np.random.default_rng(4).random((3, 5, 512)) < 0.5
     some = exact.sums_where(jnp.asarray(mask), exact.limbs(jnp.asarray(x[:, 0])))
     assert as_int(some) == [int(v) for v in (mask * quanta[:, :1]).sum(2).reshape(-1)]

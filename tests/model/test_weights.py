@@ -1,0 +1,108 @@
+"""Initialisation, the weight table and the logical axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import model
+from jaxlm.config import ModelConfig
+from jaxlm.model.weights import TABLE, path_of
+from jaxlm.presets import PRESETS, preset
+
+QUICK_COMPILE = True
+
+# Besides the presets: the one weight that none of them has.
+GATED = ModelConfig(mlp="swiglu", mlp_bias=True)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_weight_of_a_preset_is_in_the_table(name, parameter_shapes):
+    missing = [path for path in parameter_shapes(preset(name)) if path not in TABLE]
+    assert missing == [], "add these weights to jaxlm.model.weights.TABLE"
+
+
+def test_every_row_of_the_table_belongs_to_some_model(parameter_shapes):
+    used = set().union(*(parameter_shapes(cfg) for cfg in (GATED, *map(preset, PRESETS))))
+    assert set(TABLE) - used == set(), "no model has these weights: remove their rows"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-0.6b", "nano", "lesson_learned", "bigram"])
+def test_matrices_decay_and_vectors_do_not(name, parameter_shapes):
+    for path, shape in parameter_shapes(preset(name)).items():
+        kernel = path.startswith("blocks/") and path.endswith("/kernel")
+        assert model.weight(path).decay == kernel
+        assert (model.weight(path).matrix is not None) == kernel
+        if kernel:
+            assert len(shape) == 3  # layers, inputs, outputs
+            assert model.weight(path).matrix == (1, 2)
+
+
+def test_an_unknown_weight_is_a_key_error():
+    with pytest.raises(KeyError, match="blocks/attn/w"):
+        model.weight("blocks/attn/w")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen1.5-0.5b", "qwen3-0.6b", "nano", "lesson_learned", "bigram"])
+def test_each_dimension_has_a_logical_axis(name, parameter_shapes):
+    cfg = preset(name)
+    axes = model.logical_axes(cfg)
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    named = {path_of(p): a for p, a in jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)[0]}
+    sizes = {
+        "vocab": cfg.vocab_size, "vocab_out": cfg.vocab_size, "embed": cfg.d_model, "positions": cfg.max_seq_len,
+        "heads": cfg.n_heads * cfg.d_head, "kv": cfg.kv_heads * cfg.d_head, "mlp": cfg.ff, "layers": cfg.n_layers,
+        "head_dim": cfg.d_head, None: cfg.embed_mix,
+    }  # fmt: skip
+    assert named.keys() == parameter_shapes(cfg).keys()
+    for path, shape in parameter_shapes(cfg).items():
+        assert tuple(sizes[axis] for axis in named[path]) == shape, path
+        assert (named[path][0] == "layers") == path.startswith("blocks/")
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Any:
+    """Parameters of a gpt2-like and of a nano-like model, wide enough for statistics."""
+    make = jax.jit(model.init)
+    shape: Any = {"vocab_size": 64, "n_layers": 2, "d_model": 64, "n_heads": 4, "max_seq_len": 32}
+    configs = {"gpt2": preset("gpt2", **shape), "nano": preset("nano", **shape)}
+    made = {name: jax.device_get(make(cfg, jax.random.key(1))) for name, cfg in configs.items()}
+    return {name: (configs[name], make, made[name]) for name in configs}
+
+
+def test_init_is_deterministic_and_depends_on_the_key(fresh):
+    cfg, make, first = fresh["gpt2"]
+    again, other = make(cfg, jax.random.key(1)), make(cfg, jax.random.key(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert not (first["embed"]["tokens"] == other["embed"]["tokens"]).any()
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(first))
+
+
+def test_layers_start_different(fresh):
+    _, _, params = fresh["gpt2"]
+    kernel = np.asarray(params["blocks"]["attn"]["q"]["kernel"])
+    assert not (kernel[0] == kernel[1]).any()
+
+
+def test_initial_spread_is_that_of_gpt2(fresh):
+    """Radford et al. 2019, section 2.3: 0.02, and 0.02 / sqrt(2 L) for what writes to the residual stream."""
+    _, _, params = fresh["gpt2"]
+    block = params["blocks"]
+    for kernel in (params["embed"]["tokens"], block["attn"]["q"]["kernel"], block["mlp"]["up"]["kernel"]):
+        assert np.std(kernel) == pytest.approx(0.02, rel=0.06)
+    for kernel in (block["attn"]["o"]["kernel"], block["mlp"]["down"]["kernel"]):
+        assert np.std(kernel) == pytest.approx(0.01, rel=0.06)  # L = 2
+    assert (block["norm1"]["scale"] == 1).all()
+    for bias in (block["attn"]["q"]["bias"], block["mlp"]["up"]["bias"], params["final_norm"]["bias"]):
+        assert (bias == 0).all()
+
+
+def test_fan_in_and_zero_starts(fresh):
+    _, _, params = fresh["nano"]
+    assert np.std(params["blocks"]["attn"]["q"]["kernel"]) == pytest.approx(64**-0.5, rel=0.06)
+    assert np.std(params["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(64**-0.5, rel=0.06)
+    for zero in (params["blocks"]["attn"]["o"], params["blocks"]["mlp"]["down"], params["head"]):
+        assert (zero["kernel"] == 0).all()
