@@ -20,7 +20,9 @@ app = cyclopts.App(
     result_action="return_value",
 )
 
-Set = Annotated[list[str] | None, Parameter(name="--set", help="replace a setting, e.g. --set train.steps=500", negative="")]
+Set = Annotated[
+    list[str] | None, Parameter(name="--set", help="replace a setting, e.g. --set train.steps=500", negative="")
+]
 Root = Annotated[Path, Parameter(help="directory that holds store/ and runs/")]
 
 

@@ -8,14 +8,15 @@ A field marked `cosmetic(...)` does not decide any result (log intervals, paths)
 
 from __future__ import annotations
 
-import difflib
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from jaxlm._frozen import Frozen, cosmetic, validated
 from jaxlm.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -23,50 +24,13 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def cosmetic(default: Any, **kwargs: Any) -> Any:
-    """A field that changes no result, and so is left out of stage identities."""
-    return Field(default, json_schema_extra={"cosmetic": True}, **kwargs)
-
-
-M = TypeVar("M", bound="Frozen")
-
-
-class Frozen(BaseModel):
-    """Immutable, hashable, strict about names and about finite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with `changes`, validated again from the start.
-
-        Raises:
-            InputError: an unknown field or a value out of range.
-        """
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return validated(type(self), {**values, **changes})
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that decide a result, as plain JSON values (cosmetic ones left out, at any depth)."""
-        out: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("cosmetic"):
-                continue
-            value = getattr(self, name)
-            out[name] = value.identity() if isinstance(value, Frozen) else _plain(value)
-        return out
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
 class RopeScaling(Frozen):
     """The `llama3` stretching of rotary frequencies (Llama 3.1 release, `rope_scaling`)."""
 
     factor: float = Field(8.0, ge=1.0, description="how many times slower the slowest frequencies turn")
-    low_freq_factor: float = Field(1.0, gt=0, description="wavelengths above original_max_len / this are stretched fully")
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="wavelengths above original_max_len / this are stretched fully"
+    )
     high_freq_factor: float = Field(4.0, gt=0, description="wavelengths below original_max_len / this are left alone")
     original_max_len: Positive = Field(8192, description="context length that the model was first trained with")
 
@@ -80,7 +44,11 @@ class RopeScaling(Frozen):
 class ModelConfig(Frozen):
     """The shape of a decoder-only Transformer (or a bigram table). Defaults are a small modern model."""
 
-    kind: Literal["transformer", "bigram"] = Field("transformer", description="bigram: logits are a row of a [V, V] table")
+    extra_names: ClassVar[tuple[str, ...]] = ("preset",)
+
+    kind: Literal["transformer", "bigram"] = Field(
+        "transformer", description="bigram: logits are a row of a [V, V] table"
+    )
     vocab_size: Positive = Field(256, description="V; taken from the tokenizer in a run")
     n_layers: Positive = Field(4, description="L")
     d_model: Positive = Field(128, description="D")
@@ -100,7 +68,9 @@ class ModelConfig(Frozen):
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wavelengths")
     rope_scaling: RopeScaling | None = Field(None, description="llama3 scaling of the rotary frequencies")
     embed_scale: Literal["none", "sqrt_d"] = Field("none", description="sqrt_d: token embeddings times the root of D")
-    embed_mix: int = Field(0, ge=0, le=16, description="earlier tokens mixed into each embedding, by a learned gain each")
+    embed_mix: int = Field(
+        0, ge=0, le=16, description="earlier tokens mixed into each embedding, by a learned gain each"
+    )
     mlp: Literal["relu", "gelu", "gelu_tanh", "swiglu", "relu2"] = Field("gelu_tanh", description="MLP activation")
     attn_bias: bool = Field(False, description="biases on q, k and v")
     attn_out_bias: bool = Field(False, description="a bias on the attention output")
@@ -113,7 +83,9 @@ class ModelConfig(Frozen):
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings and both residual branches, in training")
 
     init_std: float = Field(0.02, gt=0, description="standard deviation of embeddings and matrices")
-    init_scheme: Literal["normal", "fan_in"] = Field("normal", description="fan_in: matrices get 1/sqrt(inputs) instead")
+    init_scheme: Literal["normal", "fan_in"] = Field(
+        "normal", description="fan_in: matrices get 1/sqrt(inputs) instead"
+    )
     zero_init_out: bool = Field(False, description="attention and MLP output matrices start at zero")
     zero_init_head: bool = Field(False, description="an untied head starts at zero")
 
@@ -188,7 +160,9 @@ class TrainOptions(Frozen):
     checkpoint_seconds: float = cosmetic(60.0, gt=0, description="save when this long since the last checkpoint")
     keep_checkpoints: Positive = cosmetic(2, gt=0, description="newest checkpoints kept, beside the best")
     log_every: Positive = cosmetic(10, gt=0, description="steps between lines of metrics.jsonl")
-    sample_tokens: NonNegative = cosmetic(48, ge=0, description="length of the text sampled at each evaluation; 0: none")
+    sample_tokens: NonNegative = cosmetic(
+        48, ge=0, description="length of the text sampled at each evaluation; 0: none"
+    )
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -209,7 +183,9 @@ class DataConfig(Frozen):
     """Where the text comes from and how it is cut into rows."""
 
     source: str = Field("storyworld", description="storyworld, a name from jaxlm.data.sources, or file")
-    path: str | None = Field(None, description="source=file: a UTF-8 text file (or .jsonl with a text field), or a directory")
+    path: str | None = Field(
+        None, description="source=file: a UTF-8 text file (or .jsonl with a text field), or a directory"
+    )
     url: str | None = Field(None, description="source=file: fetch it from here instead of path")
     size: Positive | None = Field(None, description="bytes of the download at url")
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of the file")
@@ -217,7 +193,9 @@ class DataConfig(Frozen):
     world: Literal["small", "rich"] = Field("small", description="storyworld: which world")
     n_stories: Positive = Field(20000, description="storyworld: training stories")
     n_val_stories: Positive = Field(500, description="storyworld: validation stories")
-    pack: Literal["stream", "documents"] = Field("stream", description="documents: no row attends across a document's edge")
+    pack: Literal["stream", "documents"] = Field(
+        "stream", description="documents: no row attends across a document's edge"
+    )
     seq_len: Positive = Field(128, description="T, tokens per row")
 
     @model_validator(mode="after")
@@ -234,7 +212,9 @@ class DataConfig(Frozen):
 class TokenizerConfig(Frozen):
     """Which tokenizer, and how it is made from the training text."""
 
-    kind: Literal["char", "word", "bpe", "named"] = Field("word", description="named: a published encoding or a directory")
+    kind: Literal["char", "word", "bpe", "named"] = Field(
+        "word", description="named: a published encoding or a directory"
+    )
     name: str | None = Field(None, description="kind=named: gpt2, cl100k_base, a directory or a tokenizer.json")
     vocab_size: Positive = Field(4096, description="kind=bpe: merges are learned up to this size")
     unk: bool = Field(True, description="kind=char or word: unknown pieces become [UNK]; false: they are an error")
@@ -249,7 +229,9 @@ class TokenizerConfig(Frozen):
 class PretrainConfig(Frozen):
     """Where pretraining starts from."""
 
-    init_from: str | None = Field(None, description="a run, a stage directory or a checkpoint to start from; empty: scratch")
+    init_from: str | None = Field(
+        None, description="a run, a stage directory or a checkpoint to start from; empty: scratch"
+    )
     init_optimizer: bool = Field(False, description="take the optimizer state along with the parameters")
 
 
@@ -258,7 +240,9 @@ class SftConfig(Frozen):
 
     enabled: bool = Field(True, description="false: the pipeline ends after pretraining and its evaluation")
     source: str = Field("storyworld", description="storyworld questions, a name from jaxlm.data.sources, or file")
-    path: str | None = Field(None, description="source=file: .jsonl or .json of prompt/response, instruction/output or messages")
+    path: str | None = Field(
+        None, description="source=file: .jsonl or .json of prompt/response, instruction/output or messages"
+    )
     n_examples: Positive = Field(8000, description="storyworld: questions to train on")
     seq_len: Positive | None = Field(None, description="T, tokens per packed row; empty: data.seq_len")
     template: str = Field("{prompt} ", description="text before the response; {prompt} is replaced")
@@ -290,7 +274,9 @@ class RunConfig(Frozen):
 
     name: str = cosmetic("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names runs/<name>")
     root: str = cosmetic(".", description="directory that holds store/ and runs/")
-    launcher: Literal["process", "inline"] = cosmetic("process", description="inline: run stages in the calling process")
+    launcher: Literal["process", "inline"] = cosmetic(
+        "process", description="inline: run stages in the calling process"
+    )
     seed: NonNegative = Field(0, lt=2**32, description="decides initialisation, data order, dropout and samples")
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -359,7 +345,9 @@ def find_config(path: str | Path) -> Path:
     if file.is_file():
         return file
     if os.sep not in str(path) and not file.suffix:
-        for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
+        here = Path(__file__).resolve().parent
+        # Beside the package in a checkout, inside it in an installed wheel.
+        for folder in (Path("configs"), here.parent / "configs", here / "_configs"):
             if (folder / f"{path}.yaml").is_file():
                 return folder / f"{path}.yaml"
     raise InputError(f"{path}: no such configuration file; pass a path to a YAML file such as configs/quickstart.yaml.")
@@ -374,10 +362,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not readable as YAML; quote it.") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, last = key.split(".")
     node = values
     for parent in parents:
@@ -386,35 +372,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise InputError(f"--set {override}: {parent} is not a section.")
         node = child
     node[last] = value
-
-
-def validated(model: type[M], values: dict[str, Any], where: str = "") -> M:
-    """Builds `model` from `values`; every problem becomes one `InputError` sentence with the nearest valid name."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problems = "; ".join(_sentence(model, item) for item in error.errors())
-        stop = "" if problems.endswith(("?", ".")) else "."
-        raise InputError(f"{where}: {problems}{stop}" if where else f"{problems}{stop}") from None
-
-
-def _sentence(model: type[BaseModel], error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    field = ".".join(path) or "configuration"
-    if error["type"] == "extra_forbidden":
-        names = _names_at(model, path[:-1])
-        close = difflib.get_close_matches(path[-1], names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(sorted(names))}"
-        return f"{field}: unknown option; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    if not path or isinstance(error["input"], (dict, BaseModel)):
-        return f"{field}: {message}" if path else message
-    return f"{field}: {message[0].lower()}{message[1:]}, found {error['input']!r}"
-
-
-def _names_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        inner = [item for item in (annotation, *get_args(annotation)) if isinstance(item, type)]
-        model = next((item for item in inner if issubclass(item, BaseModel)), model)
-    return [*model.model_fields, *(["preset"] if model is ModelConfig else [])]

@@ -3,7 +3,14 @@
 from jaxlm.data.download import Resource, fetch
 from jaxlm.data.order import host_slice, rows, rows_for_step
 from jaxlm.data.packing import PackedRows, pack_documents, pack_sequences
-from jaxlm.data.sft_examples import Example, encode_example, encode_examples, encode_prompt, load_examples, pack_examples
+from jaxlm.data.sft_examples import (
+    Example,
+    encode_example,
+    encode_examples,
+    encode_prompt,
+    load_examples,
+    pack_examples,
+)
 from jaxlm.data.shard_writer import write_rows, write_stream
 from jaxlm.data.shards import RowSet
 from jaxlm.data.sources import SOURCES, Source, source

@@ -44,17 +44,15 @@ def init_cache(
         dtype: of keys and values; the compute type when empty.
         stacked: False keeps one array a layer, which decoding updates in place without touching the others.
     """
-    shape = (batch, length, cfg.kv_heads, cfg.d_head)
+    layers, shape = cfg.n_layers, (batch, length, cfg.kv_heads, cfg.d_head)
     dtype = jnp.dtype(dtype or cfg.compute_dtype)
     lengths = jnp.zeros(batch, jnp.int32)
     tokens = jnp.zeros((batch, length), jnp.int32) if cfg.embed_mix and cfg.kind == "transformer" else None
     if cfg.kind == "bigram":  # no layers, no memory: the length still counts positions
         return Cache(jnp.zeros((0, *shape), dtype), jnp.zeros((0, *shape), dtype), lengths)
     if stacked:
-        k, v = (jnp.zeros((cfg.n_layers, *shape), dtype) for _ in range(2))
-        return Cache(k, v, lengths, tokens)
-    k = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
-    v = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
+        return Cache(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype), lengths, tokens)
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
     return Cache(k, v, lengths, tokens)
 
 

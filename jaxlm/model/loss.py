@@ -9,9 +9,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import Params, unembed
 
 
-def token_nll(
-    cfg: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, *, chunk: int = 0
-) -> jax.Array:
+def token_nll(cfg: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, *, chunk: int = 0) -> jax.Array:
     """Negative log-probability of each target, float32[B, T], nats.
 
     Args:

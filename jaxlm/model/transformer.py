@@ -12,7 +12,7 @@ one per layer, which is the layout that `jaxlm.sample.prepare` makes for decodin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -179,7 +179,7 @@ def forward(
     if cfg.final_norm:
         with jax.named_scope("final_norm"):
             norm = Norm(cfg.norm, cfg.norm_eps, cfg.norm_scale, cfg.norm_bias)
-            x = norm.apply({"params": params.get("final_norm", {})}, x)
+            x = cast(jax.Array, norm.apply({"params": params.get("final_norm", {})}, x))
     return x, cache
 
 
@@ -258,7 +258,9 @@ def _blocks(
         keys = None if layer_keys is None else jnp.stack(layer_keys)
         held = None if cache is None else (cache.k, cache.v)
         x, held = jax.lax.scan(lambda x, layer: run(x, *layer), x, (blocks, held, keys))
-        return x, None if cache is None else Cache(held[0], held[1], cache.length + t)
+        if cache is None or held is None:
+            return x, None
+        return x, Cache(held[0], held[1], cache.length + t)
 
     layers = blocks if isinstance(blocks, tuple) else unstack(blocks, cfg.n_layers)
     new: list[Any] = []

@@ -60,7 +60,9 @@ def _file(data: DataConfig) -> Path:
         return fetch(known.resource)
     if data.path is not None:
         return Path(data.path)
-    assert data.url is not None and data.size is not None and data.sha256 is not None  # DataConfig checks it
+    assert data.url is not None  # DataConfig checks that one of path and url is given, and url with size and digest
+    assert data.size is not None
+    assert data.sha256 is not None
     name = data.url.partition("?")[0].rpartition("/")[2] or "download.txt"
     return fetch(Resource(name, data.url, data.size, data.sha256))
 

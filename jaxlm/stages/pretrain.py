@@ -61,14 +61,15 @@ def start_from(
     found = saved.load(path)
     if found.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(
-            f"pretrain.init_from={path}: that model's tokenizer is not the one of this run; train on data tokenized alike."
+            f"pretrain.init_from={path}: that model's tokenizer is not this run's; tokenize the data as there."
         )
     ours, theirs = cfg.model.identity(), found.cfg.identity()
     different = [name for name in ours if ours[name] != theirs[name] and name not in _FREE]
     if different:
         name = different[0]
         raise InputError(
-            f"pretrain.init_from={path}: model.{name} is {theirs[name]!r} there and {ours[name]!r} here; make them equal."
+            f"pretrain.init_from={path}: model.{name} is {theirs[name]!r} there and {ours[name]!r} here; "
+            "make them equal."
         )
     state = train.init_state(cfg, seed, params=found.params)
     if not with_optimizer:
@@ -83,7 +84,16 @@ def start_from(
 
 
 # Fields of a model that leave its weights' shapes and meaning alone.
-_FREE = {"dropout", "compute_dtype", "scan_layers", "remat", "init_std", "init_scheme", "zero_init_out", "zero_init_head"}
+_FREE = {
+    "dropout",
+    "compute_dtype",
+    "scan_layers",
+    "remat",
+    "init_std",
+    "init_scheme",
+    "zero_init_out",
+    "zero_init_head",
+}
 
 if __name__ == "__main__":
     process.main(run)

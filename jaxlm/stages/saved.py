@@ -1,8 +1,8 @@
 """A trained model as a directory: what the fitting stages leave, and how later ones read it.
 
-    model.json             the resolved ModelConfig
-    tokenizer.jaxlm.json   the tokenizer
-    checkpoints/N/         states, each verified by its digests before it is read
+model.json             the resolved ModelConfig
+tokenizer.jaxlm.json   the tokenizer
+checkpoints/N/         states, each verified by its digests before it is read
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         tokens[name] = sum(map(len, ids))
         if data.pack == "documents":
             if tokenizer.eot_id is None:
-                raise InputError(f"tokenizer.name={cfg.name}: it has no end-of-text token, which data.pack=documents needs.")
+                raise InputError(
+                    f"tokenizer.name={cfg.name}: it has no end-of-text token, which data.pack=documents needs."
+                )
             packed = pack_documents(ids, eot_id=tokenizer.eot_id, seq_len=data.seq_len)
             indexes[name] = write_rows(spec.directory, packed, name=name, **common)
         else:

@@ -75,7 +75,9 @@ def _from_file(path: Path) -> tuple[dict[str, list[Example]], list[dict[str, Any
     examples = load_examples(path)
     held = max(1, round(HELD_OUT * len(examples)))
     if len(examples) < 3:
-        raise InputError(f"{path}: found {len(examples)} examples, at least 3 needed for training, validation and test.")
+        raise InputError(
+            f"{path}: found {len(examples)} examples, at least 3 needed for training, validation and test."
+        )
     test = [{"type": "all", "prompt": e.prompt, "answer": e.response} for e in examples[-held:]]
     return {"train": examples[: -2 * held], "val": examples[-2 * held : -held]}, test
 

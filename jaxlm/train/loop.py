@@ -70,7 +70,7 @@ class Fitted(NamedTuple):
 
 def items(state: TrainState) -> dict[str, Any]:
     """A state as checkpoint items: the parameters can be restored alone."""
-    return {"params": state.params, "rest": state._replace(params=None)}
+    return {"params": state.params, "rest": state._replace(params={})}
 
 
 def from_items(restored: dict[str, Any]) -> TrainState:
@@ -78,9 +78,7 @@ def from_items(restored: dict[str, Any]) -> TrainState:
     return restored["rest"]._replace(params=restored["params"])
 
 
-def fit(
-    cfg: TrainConfig, state: TrainState, rows: RowSet, layout: Layout, hooks: Hooks, *, tokens: int = 0
-) -> Fitted:
+def fit(cfg: TrainConfig, state: TrainState, rows: RowSet, layout: Layout, hooks: Hooks, *, tokens: int = 0) -> Fitted:
     """Trains from `state.step` to `cfg.steps`.
 
     The rows of each step follow from (seed, step) alone, so a state restored from a checkpoint continues exactly.

@@ -1,0 +1,82 @@
+"""What every configuration model shares: immutability, identity, and errors of one sentence. Loads no jax."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, ClassVar, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jaxlm.errors import InputError
+
+
+def cosmetic(default: Any, **kwargs: Any) -> Any:
+    """A field that changes no result, and so is left out of stage identities."""
+    return Field(default, json_schema_extra={"cosmetic": True}, **kwargs)
+
+
+M = TypeVar("M", bound="Frozen")
+
+
+class Frozen(BaseModel):
+    """Immutable, hashable, strict about names and about finite numbers."""
+
+    extra_names: ClassVar[tuple[str, ...]] = ()  # keys that a validator of the model takes beside its fields
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`, validated again from the start.
+
+        Raises:
+            InputError: an unknown field or a value out of range.
+        """
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return validated(type(self), {**values, **changes})
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide a result, as plain JSON values (cosmetic ones left out, at any depth)."""
+        out: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("cosmetic"):
+                continue
+            value = getattr(self, name)
+            out[name] = value.identity() if isinstance(value, Frozen) else _plain(value)
+        return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def validated(model: type[M], values: dict[str, Any], where: str = "") -> M:
+    """Builds `model` from `values`; every problem becomes one `InputError` sentence with the nearest valid name."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_sentence(model, item) for item in error.errors())
+        stop = "" if problems.endswith(("?", ".")) else "."
+        raise InputError(f"{where}: {problems}{stop}" if where else f"{problems}{stop}") from None
+
+
+def _sentence(model: type[Frozen], error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    field = ".".join(path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        names = _names_at(model, path[:-1])
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(sorted(names))}"
+        return f"{field}: unknown option; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not path or isinstance(error["input"], dict | BaseModel):
+        return f"{field}: {message}" if path else message
+    return f"{field}: {message[0].lower()}{message[1:]}, found {error['input']!r}"
+
+
+def _names_at(model: type[Frozen], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        inner = [item for item in (annotation, *get_args(annotation)) if isinstance(item, type)]
+        model = next((item for item in inner if issubclass(item, Frozen)), model)
+    return [*model.model_fields, *model.extra_names]
