@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -43,3 +44,77 @@ def parameter_shapes() -> Callable[[Any], dict[str, tuple[int, ...]]]:
         return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
     return shapes
+
+
+TINY = """
+launcher: inline
+data: {n_stories: 300, n_val_stories: 30, seq_len: 64, pack: documents}
+tokenizer: {kind: word}
+model: {preset: nano, n_layers: 1, d_model: 32, n_heads: 2, max_seq_len: 128, embed_mix: 2}
+train: {steps: 20, batch_size: 4, warmup_steps: 2, learning_rate: 0.01, log_every: 1, eval_every: 10,
+        checkpoint_every: 10, sample_tokens: 0}
+sft: {seq_len: 128, n_examples: 60, train: {steps: 6, batch_size: 4, log_every: 1, sample_tokens: 0}}
+eval: {n_questions: 8, max_new_tokens: 4, n_samples: 0, batch_size: 8}
+"""
+
+LETTERS = """
+launcher: inline
+data: {source: file, path: letters.txt, seq_len: 16}
+tokenizer: {kind: char, unk: false}
+model: {preset: bigram, max_seq_len: 32}
+train: {steps: 12, batch_size: 4, learning_rate: 0.1, log_every: 1, eval_every: 5, checkpoint_every: 4,
+        sample_tokens: 5}
+sft: {enabled: false}
+eval: {n_samples: 1, sample_tokens: 5, batch_size: 8}
+"""
+
+
+class Run(NamedTuple):
+    """A finished run of the whole chain, made once for all tests. Nobody changes what is in `root`: copy it first.
+
+    Attributes:
+        root: holds store/, runs/ and the configuration.
+        config: the file `tiny.yaml` or `letters.yaml`, whose name the run has.
+        cfg: what it says.
+        manifests: of the stages, in their order.
+    """
+
+    root: Path
+    config: Path
+    cfg: Any
+    manifests: dict[str, Any]
+
+
+def _run(root: Path, name: str, text: str) -> Run:
+    import jax
+
+    from jaxlm.config import load
+    from jaxlm.stages.runner import run_chain
+
+    jax.devices()  # in use, so that no stage asks for all cores of this machine
+    config = root / f"{name}.yaml"
+    config.write_text(text)
+    cfg = load(config).replace(root=str(root))
+    done = run_chain(cfg, config_name=str(config), echo=lambda line: None)
+    assert not any(cached for _, cached in done)
+    return Run(root, config, cfg, {manifest.stage: manifest for manifest, _ in done})
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A transformer on the story world, for as long as it takes to go through every stage."""
+    from jaxlm.stages import evaluate, tokenize_sft
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_sft, "N_VAL", 20)
+        patch.setattr(tokenize_sft, "N_TEST", 30)
+        patch.setattr(evaluate, "N_KNOWN", 60)
+        return _run(tmp_path_factory.mktemp("tiny"), "tiny", TINY)
+
+
+@pytest.fixture(scope="session")
+def letters_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A bigram table on a text of one's own, without fine-tuning: seconds, compilation included."""
+    root = tmp_path_factory.mktemp("letters")
+    (root / "letters.txt").write_text("the cat sat on the mat; the dog sat on the log. " * 40)
+    return _run(root, "letters", LETTERS.replace("letters.txt", str(root / "letters.txt")))

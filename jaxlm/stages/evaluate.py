@@ -16,9 +16,10 @@ from typing import Any
 import jax
 
 from jaxlm import evaluate, metrics_log, model, parallel
-from jaxlm.config import DataConfig, EvalConfig, SftConfig
+from jaxlm.config import EvalConfig, SftConfig
 from jaxlm.data import encode_prompt, storyworld
 from jaxlm.data.storyworld import ngram
+from jaxlm.errors import InputError
 from jaxlm.evaluate.perplexity import SplitLoss, bits_per_byte, perplexity, split_loss
 from jaxlm.evaluate.report import Example, ReportData, Sample, to_json, write_report
 from jaxlm.sample import Sampling, generate, prepare
@@ -27,7 +28,9 @@ from jaxlm.stages.download import read_split
 from jaxlm.stages.fitting import open_rows
 from jaxlm.stages.runner import say
 from jaxlm.stages.spec import Manifest, Spec
+from jaxlm.tokenizers import Tokenizer
 
+N_KNOWN = 600  # training questions that the "most frequent" baseline learns from
 N_EXAMPLES = 8  # questions shown in the report
 _ORDER = 5
 
@@ -36,7 +39,8 @@ _ORDER = 5
 class _Run:
     spec: Spec
     inputs: Mapping[str, Manifest]
-    data: DataConfig
+    source: str
+    world: str  # empty for a text of the user's
     eval: EvalConfig
     sft: SftConfig
     seed: int
@@ -45,8 +49,9 @@ class _Run:
 def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     """Measures the base model on the validation split, and both models on the held-out questions."""
     parallel.use_all_cores()
+    given = spec.settings["data"]
     job = _Run(
-        spec, inputs, spec.section("data", DataConfig), spec.section("eval", EvalConfig), _sft_of(spec),
+        spec, inputs, given["source"], given.get("world", ""), spec.section("eval", EvalConfig), _sft_of(spec),
         int(spec.settings["seed"]),
     )  # fmt: skip
     base = saved.load(inputs["pretrain"].directory)
@@ -66,7 +71,7 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": base.notes + _notes(inputs),
     }
-    if job.data.source == "storyworld":
+    if job.source == "storyworld":
         say(f"evaluate: floor, and an order-{_ORDER} model beside it")
         data["floor"] = -inputs["download"].results["splits"]["val"]["log_prob"] / loss.tokens
         data["order5_loss"] = _order5(job, base)
@@ -76,7 +81,13 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     if "sft" in inputs:
         say("evaluate: questions before and after fine-tuning")
         data["sft_history"] = metrics_log.history(inputs["sft"].directory)
-        data |= _questions(job, base, saved.load(inputs["sft"].directory))  # type: ignore[typeddict-item]
+        answered = _questions(job, base, saved.load(inputs["sft"].directory))
+        if answered.pop("n_questions") < job.eval.n_questions:
+            data["notes"] = [
+                *data["notes"],
+                f"fewer than eval.n_questions={job.eval.n_questions} questions are held out",
+            ]
+        data |= answered  # type: ignore[typeddict-item]
     write_report(data, spec.directory)
     return {
         key: value for key, value in to_json(data).items()
@@ -115,7 +126,7 @@ def _order5(job: _Run, base: saved.Saved) -> float:
 def _samples(job: _Run, base: saved.Saved) -> list[Sample]:
     tokenizer, cfg = base.tokenizer, base.cfg
     eot = tokenizer.eot_id
-    start = [eot] if eot is not None else tokenizer.encode("\n")[:1] or [0]
+    start = [eot] if eot is not None else _line_end(tokenizer)
     options = Sampling(temperature=job.eval.temperature, top_p=job.eval.top_p)
     length = min(job.eval.sample_tokens, cfg.max_seq_len - len(start))
     outs = generate(
@@ -126,15 +137,27 @@ def _samples(job: _Run, base: saved.Saved) -> list[Sample]:
     return [{"prompt": "", "text": tokenizer.decode([t for t in o.tokens if t != eot]), "label": label} for o in outs]
 
 
+def _line_end(tokenizer: Tokenizer) -> list[int]:
+    """What a sample starts from where no token ends a text: a line end, or the first token if there is none."""
+    try:
+        return tokenizer.encode("\n")[:1] or [0]
+    except InputError:  # a character outside the alphabet
+        return [0]
+
+
 def _questions(job: _Run, base: saved.Saved, tuned: saved.Saved) -> dict[str, Any]:
     with open(job.inputs["tokenize_sft"].path("test.jsonl"), encoding="utf-8") as file:
         asked = [json.loads(line) for line in islice(file, job.eval.n_questions)]
+    if not asked:
+        raise InputError(
+            f"{job.inputs['tokenize_sft'].directory}: test.jsonl holds no question; delete it and run again."
+        )
     answers = [_answers(job, each, [q["prompt"] for q in asked]) for each in (base, tuned)]
     right = [evaluate.exact_match(given, [q["answer"] for q in asked]) for given in answers]
     types = [q["type"] for q in asked]
     baselines = None
-    if job.data.source == "storyworld" and "story" in asked[0]:
-        known = storyworld.questions(storyworld.WORLDS[job.data.world], job.seed, "train", 2000)
+    if job.source == "storyworld" and "story" in asked[0]:
+        known = storyworld.questions(storyworld.WORLDS[job.world], job.seed, "train", N_KNOWN)
         baselines = storyworld.baselines(known, [storyworld.Question(**q) for q in asked])
     examples: list[Example] = [
         {"type": q["type"], "prompt": q["prompt"], "expected": q["answer"], "before": before, "after": after}
@@ -145,6 +168,7 @@ def _questions(job: _Run, base: saved.Saved, tuned: saved.Saved) -> dict[str, An
         "accuracy_after": evaluate.fraction_right(right[1]),
         "accuracy_by_type": evaluate.by_type(types, before=right[0], after=right[1], baselines=baselines),
         "examples": examples,
+        "n_questions": len(asked),
     }
 
 
@@ -174,9 +198,9 @@ def _shape(found: saved.Saved) -> str:
 def _data_info(job: _Run, loss: SplitLoss) -> Any:
     splits, tokens = job.inputs["download"].results["splits"], job.inputs["tokenize"].results
     tokenizer = job.inputs["tokenize"].spec.settings["tokenizer"]
-    world = f" ({job.data.world} world)" if job.data.source == "storyworld" else ""
+    world = f" ({job.world} world)" if job.source == "storyworld" else ""
     return {
-        "source": job.data.source + world,
+        "source": job.source + world,
         "chars": splits["train"]["characters"],
         "tokens": tokens["tokens"]["train"],
         "stories": splits["train"]["documents"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -75,7 +76,7 @@ def fit_stage(
         checkpointer = stack.enter_context(
             Checkpointer(directory / saved.CHECKPOINTS, keep_latest=cfg.keep_checkpoints)
         )
-        state, tokens, notes = _start_or_resume(cfg, layout, directory, meta, lambda: start(cfg))
+        state, before, notes = _start_or_resume(cfg, layout, directory, meta, lambda: start(cfg))
         resumed = int(state.step) or None
         log = stack.enter_context(MetricsLog(directory, resume_step=resumed))
         bar = stack.enter_context(_progress_bar(spec.stage, cfg.steps))
@@ -99,11 +100,15 @@ def fit_stage(
             stop=stop,
             progress=bar,
         )
-        fitted = loop.fit(cfg, state, rows, layout, hooks, tokens=tokens)
+        loss = before.get("train_loss")
+        fitted = loop.fit(
+            cfg, state, rows, layout, hooks, tokens=int(before.get("tokens", 0)),
+            train_loss=math.nan if loss is None else float(loss),
+        )  # fmt: skip
     return {
         "steps": int(fitted.state.step),
         "tokens": fitted.tokens,
-        "train_loss": fitted.train_loss,
+        "train_loss": fitted.train_loss if math.isfinite(fitted.train_loss) else None,
         "val_loss": fitted.val_loss,
         "parameters": model.count(fitted.state.params),
         "tokens_per_s": round(fitted.tokens_per_s, 1),
@@ -143,15 +148,16 @@ def tokenizer_of(inputs: Mapping[str, Manifest]) -> Tokenizer:
 
 def _start_or_resume(
     cfg: TrainConfig, layout: parallel.Layout, directory: Path, meta: dict[str, Any], start: Callable[[], Any]
-) -> tuple[train.TrainState, int, list[str]]:
+) -> tuple[train.TrainState, dict[str, Any], list[str]]:
+    """The state to go on from, what the loop stored beside it (nothing at the start), and notes on damage."""
     abstract = jax.eval_shape(lambda: train.init_state(cfg, 0))
     shardings = layout.of_state(abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     found = restore(directory / saved.CHECKPOINTS, loop.items(abstract), expect=meta)
     if found is None:
-        return jax.device_put(start(), shardings), 0, []
+        return jax.device_put(start(), shardings), {}, []
     notes = [f"damaged checkpoint passed over: {damage}" for damage in found.damaged]
-    return loop.from_items(found.items), int(found.meta["tokens"]), notes
+    return loop.from_items(found.items), found.meta, notes
 
 
 def _divisible(rows: int, devices: int) -> int:

@@ -7,7 +7,10 @@ evaluation asks, one `{type, prompt, answer, ...}` a line; none of them, nor the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from jaxlm.stages import process
 from jaxlm.stages.runner import say
 from jaxlm.stages.spec import Manifest, Spec
 
-N_VAL, N_TEST = 300, 2000  # questions of the built-in corpus beside the training ones
+N_VAL, N_TEST = 200, 1200  # questions of the built-in corpus beside the training ones
+_CHUNK = 400  # questions per unit of work
 HELD_OUT = 0.05  # share of a file's examples that goes to each of val and test
 
 
@@ -53,13 +57,26 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     return results | {"test": len(test)}
 
 
-def _story_questions(world_name: str, seed: int, n: int) -> tuple[dict[str, list[Example]], list[dict[str, Any]]]:
-    world = storyworld.WORLDS[world_name]
-    pairs = {
-        name: [Example(q.prompt, q.answer) for q in storyworld.questions(world, seed, name, count)]
-        for name, count in (("train", n), ("val", N_VAL))
-    }
-    return pairs, [question._asdict() for question in storyworld.questions(world, seed, "test", N_TEST)]
+def _story_questions(world: str, seed: int, n: int) -> tuple[dict[str, list[Example]], list[dict[str, Any]]]:
+    counts = {"train": n, "val": N_VAL, "test": N_TEST}
+    chunks = [
+        (world, seed, split, start, min(_CHUNK, count - start))
+        for split, count in counts.items()
+        for start in range(0, count, _CHUNK)
+    ]
+    # spawn: a forked child of a process with threads may hang.
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        made = list(pool.map(_chunk_of_questions, chunks))
+    asked: dict[str, list[storyworld.Question]] = {split: [] for split in counts}
+    for (_, _, split, _, _), questions in zip(chunks, made, strict=True):
+        asked[split] += questions
+    pairs = {split: [Example(q.prompt, q.answer) for q in asked[split]] for split in ("train", "val")}
+    return pairs, [question._asdict() for question in asked["test"]]
+
+
+def _chunk_of_questions(chunk: tuple[str, int, str, int, int]) -> list[storyworld.Question]:
+    world, seed, split, start, n = chunk
+    return list(storyworld.questions(storyworld.WORLDS[world], seed, split, n, start=start))
 
 
 def _path(sft: SftConfig) -> Path:

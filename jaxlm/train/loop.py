@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from jaxlm.checkpoint import Checkpointer
 from jaxlm.config import TrainConfig
 from jaxlm.data import RowSet, rows_for_step
 from jaxlm.errors import DivergedError, Preempted
-from jaxlm.metrics_log import MetricsLog
+from jaxlm.metrics_log import MetricsLog, history
 from jaxlm.model import Params
 from jaxlm.parallel import Layout
 from jaxlm.train.state import TrainState
@@ -55,8 +56,8 @@ class Fitted(NamedTuple):
 
     Attributes:
         state: after the last step.
-        tokens: targets trained on, over all runs of this training.
-        train_loss: of the last step, nats per token.
+        tokens: targets trained on, over all runs of this training; those of skipped steps do not count.
+        train_loss: of the last step that was not skipped, nats per token.
         val_loss: of the whole validation split at the end, nats per token.
         tokens_per_s: over the steps of this process, compilation and evaluations left out.
     """
@@ -78,7 +79,16 @@ def from_items(restored: dict[str, Any]) -> TrainState:
     return restored["rest"]._replace(params=restored["params"])
 
 
-def fit(cfg: TrainConfig, state: TrainState, rows: RowSet, layout: Layout, hooks: Hooks, *, tokens: int = 0) -> Fitted:
+def fit(
+    cfg: TrainConfig,
+    state: TrainState,
+    rows: RowSet,
+    layout: Layout,
+    hooks: Hooks,
+    *,
+    tokens: int = 0,
+    train_loss: float = math.nan,
+) -> Fitted:
     """Trains from `state.step` to `cfg.steps`.
 
     The rows of each step follow from (seed, step) alone, so a state restored from a checkpoint continues exactly.
@@ -90,6 +100,7 @@ def fit(cfg: TrainConfig, state: TrainState, rows: RowSet, layout: Layout, hooks
         layout: devices.
         hooks: reporting, evaluation, checkpoints.
         tokens: targets trained on before `state.step`.
+        train_loss: of the step before, which is the last one when every step has been done already.
 
     Raises:
         DivergedError: a loss or gradient was not finite; names the step and the last good checkpoint.
@@ -98,7 +109,9 @@ def fit(cfg: TrainConfig, state: TrainState, rows: RowSet, layout: Layout, hooks
     shardings = layout.of_state(state)
     step_fn = jax.jit(train_step, donate_argnums=1, out_shardings=(shardings, layout.whole))
     start, seed = int(state.step), int(state.seed)
-    report = _Report(cfg, hooks, tokens, start)
+    report = _Report(cfg, hooks, state, tokens, train_loss)
+    if 0 < start < cfg.steps and cfg.eval_every > 0 and start % cfg.eval_every == 0:
+        report.evaluate(start, state.params)  # the process before had no time for it
     saved_at = time.monotonic()
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -146,10 +159,10 @@ def fit(cfg: TrainConfig, state: TrainState, rows: RowSet, layout: Layout, hooks
 class _Report:
     """Counts tokens and time, writes metrics, and raises when a step was not finite."""
 
-    def __init__(self, cfg: TrainConfig, hooks: Hooks, tokens: int, start: int) -> None:
+    def __init__(self, cfg: TrainConfig, hooks: Hooks, state: TrainState, tokens: int, train_loss: float) -> None:
         self.cfg, self.hooks = cfg, hooks
-        self.tokens, self.loss, self.seconds = tokens, float(hooks.meta.get("train_loss", "nan")), 0.0
-        self._first, self._timed_tokens, self._skipped = start, 0, 0
+        self.tokens, self.loss, self.seconds = tokens, train_loss, 0.0
+        self._first, self._timed_tokens, self._skipped = int(state.step), 0, int(state.skipped)
         self._clock: float | None = None
         self._window: list[tuple[float, int]] = []
 
@@ -176,8 +189,9 @@ class _Report:
         self._clock = now
         if metrics["halted"]:
             raise DivergedError(self._diverged(step, metrics))
-        self.tokens += count
-        self.loss = float(metrics["loss"])
+        if metrics["finite"]:
+            self.tokens += count
+            self.loss = float(metrics["loss"])
         if metrics["skipped"] > self._skipped:
             self._skipped = int(metrics["skipped"])
             self.hooks.log.write({"event": "skipped", "step": step + 1, "skipped": self._skipped})
@@ -186,7 +200,7 @@ class _Report:
         if (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps or step == 0:
             self.hooks.log.write(
                 {
-                    "step": step + 1, "split": "train", "loss": self.loss, "tokens": self.tokens,
+                    "step": step + 1, "split": "train", "loss": float(metrics["loss"]), "tokens": self.tokens,
                     "tokens_per_s": round(rate, 1), "lr": float(metrics["lr"]),
                     "grad_norm": float(metrics["grad_norm"]), "seconds": round(self.seconds, 3),
                     "skipped": self._skipped,
@@ -194,6 +208,11 @@ class _Report:
             )  # fmt: skip
 
     def evaluate(self, step: int, params: Params) -> float:
+        """Validation loss after `step`. Where the process before had logged it already, that figure stands."""
+        if step == self._first:
+            for record in history(self.hooks.log.path):
+                if record.get("split") == "val" and record["step"] == step and record["loss"] is not None:
+                    return float(record["loss"])
         loss = self.hooks.evaluate(params)
         self.hooks.log.write({"step": step, "split": "val", "loss": loss, "tokens": self.tokens})
         if self.hooks.sample is not None:

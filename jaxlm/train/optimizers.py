@@ -16,7 +16,8 @@ def build(cfg: TrainOptions) -> optax.GradientTransformation:
     """The update rule for `cfg`: global-norm clipping, then AdamW or Muon.
 
     Which weights decay, and which axes of a stacked weight form the matrix that Muon orthogonalises, comes from the
-    weight table; left to itself optax's Muon would take stacked biases for matrices.
+    weight table; left to itself optax's Muon would take stacked biases for matrices. The Adam beside Muon has Nesterov
+    momentum, as optax's Muon gives it (Dozat, 2016).
 
     References:
         Loshchilov & Hutter, decoupled weight decay (arXiv 1711.05101).

@@ -29,7 +29,10 @@ def test_layout_takes_as_many_devices_as_divide_the_rows(rows, devices):
 
 
 def state_of(n_layers: int, optimizer: str = "muon") -> tuple[TrainConfig, Any]:
-    model = ModelConfig(vocab_size=11, n_layers=n_layers, d_model=8, n_heads=2, d_ff=12, max_seq_len=8)
+    model = ModelConfig(
+        vocab_size=11, n_layers=n_layers, d_model=8, n_heads=2, d_ff=12, max_seq_len=8, mlp="relu", position="none",
+        norm_scale=False, final_norm=False,
+    )  # fmt: skip
     cfg = TrainConfig(model=model, optimizer=optimizer, batch_size=4, learning_rate=0.05, weight_decay=0.1)
     return cfg, jax.eval_shape(lambda: init_state(cfg, 0))
 

@@ -43,7 +43,7 @@ class _Form(NamedTuple):
 
 FORMS: dict[str, _Form] = {
     "where": _Form("Where was {0}?", "{0} was in the {1}.", lambda s: s.people, State.place, "places"),
-    "with": _Form("Who had the {0}?", "The {0} was with {1}.", lambda s: s.things, State.holder, "names"),
+    "with": _Form("Who was the {0} with?", "The {0} was with {1}.", lambda s: s.things, State.holder, "names"),
     "hue": _Form("What colour was the {0}?", "The {0} was still {1}.", lambda s: s.things, State.colour, "colours"),
     "had": _Form(
         "What did {0} have?",
