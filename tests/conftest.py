@@ -46,14 +46,15 @@ def parameter_shapes() -> Callable[[Any], dict[str, tuple[int, ...]]]:
     return shapes
 
 
+# Both trainings have the same options and shapes, so that they share one compiled step.
 TINY = """
 launcher: inline
-data: {n_stories: 300, n_val_stories: 30, seq_len: 64, pack: documents}
+data: {n_stories: 300, n_val_stories: 30, seq_len: 128, pack: documents}
 tokenizer: {kind: word}
 model: {preset: nano, n_layers: 1, d_model: 32, n_heads: 2, max_seq_len: 128, embed_mix: 2}
-train: {steps: 20, batch_size: 4, warmup_steps: 2, learning_rate: 0.01, log_every: 1, eval_every: 10,
-        checkpoint_every: 10, sample_tokens: 0}
-sft: {seq_len: 128, n_examples: 60, train: {steps: 6, batch_size: 4, log_every: 1, sample_tokens: 0}}
+train: &train {steps: 12, batch_size: 4, warmup_steps: 2, learning_rate: 0.01, log_every: 1, eval_every: 6,
+               checkpoint_every: 6, sample_tokens: 0}
+sft: {n_examples: 60, train: *train}
 eval: {n_questions: 8, max_new_tokens: 4, n_samples: 0, batch_size: 8}
 """
 

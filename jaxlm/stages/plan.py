@@ -9,15 +9,17 @@ To add a stage: its version in `VERSIONS`, its inputs and settings in `_CHAIN`, 
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm._digests import MANIFEST as CHECKPOINT_MANIFEST
 from jaxlm.config import Frozen, RunConfig
+from jaxlm.data.storyworld import WORLDS
 from jaxlm.errors import InputError
 from jaxlm.stages.runs import resolve
-from jaxlm.stages.spec import Spec
+from jaxlm.stages.spec import ID_LENGTH, Spec
 from jaxlm.stages.store import digest, read_manifest
 
 # Raise a stage's number when its behaviour changes: results made before are then made again.
@@ -99,7 +101,8 @@ def _download(cfg: RunConfig) -> Settings:
     """Text of the training and validation splits."""
     data = cfg.data
     if data.source == "storyworld":
-        return _split({"data": data}, {"data": ("source", "world", "n_stories", "n_val_stories")}, {"seed": cfg.seed})
+        decides = {"data": ("source", "world", "n_stories", "n_val_stories")}
+        return _split({"data": data}, decides, {"seed": cfg.seed, "world": _world(data.world)})
     files = _file("data.path", data.path)
     if data.path is not None and data.sha256 not in (None, files["data.path"]):
         raise InputError(
@@ -137,7 +140,8 @@ def _tokenize_sft(cfg: RunConfig) -> Settings:
     sections = {"data": cfg.data, "sft": cfg.sft}
     if cfg.sft.source == "storyworld":
         decides = {"data": ("seq_len", "world"), "sft": ("source", "template", "n_examples", "seq_len")}
-        return _split(sections, decides, {"seed": cfg.seed}, hide=("sft.train",))
+        extra = {"seed": cfg.seed, "world": _world(cfg.data.world)}
+        return _split(sections, decides, extra, hide=("sft.train",))
     decides = {"data": ("seq_len",), "sft": ("source", "template", "seq_len")}
     return _split(sections, decides, {"files": _file("sft.path", cfg.sft.path)}, hide=("sft.train",))
 
@@ -173,6 +177,11 @@ def _evaluate(cfg: RunConfig) -> Settings:
     data = {"source": cfg.data.source} | ({"world": cfg.data.world} if cfg.data.source == "storyworld" else {})
     config = {"eval": cfg.eval.identity(), "seed": cfg.seed, "sft": sft, "data": data}
     return Settings(config, {"eval": _cosmetic(cfg.eval), "name": cfg.name})
+
+
+def _world(name: str) -> str:
+    """What a story world is made of: tuning its words or probabilities makes the stories anew."""
+    return hashlib.sha256(repr(WORLDS[name]).encode()).hexdigest()[:ID_LENGTH]
 
 
 def _with_sft(cfg: RunConfig) -> bool:

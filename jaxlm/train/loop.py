@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.config import TrainConfig
 from jaxlm.data import RowSet, rows_for_step
-from jaxlm.errors import DivergedError, Preempted
+from jaxlm.errors import DivergedError, JaxlmError, Preempted
 from jaxlm.metrics_log import MetricsLog, history
 from jaxlm.model import Params
 from jaxlm.parallel import Layout
@@ -220,6 +221,8 @@ class _Report:
         return loss
 
     def _diverged(self, step: int, metrics: dict[str, Any]) -> str:
+        with suppress(JaxlmError):  # one may be on its way to the disk; its failure matters less than this one
+            self.hooks.checkpointer.wait()
         good = self.hooks.checkpointer.latest_saved
         where = f"step {good} in {self.hooks.checkpointer.directory}" if good is not None else "none yet"
         if self.cfg.on_nonfinite == "skip":

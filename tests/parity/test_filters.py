@@ -23,7 +23,7 @@ MIN_P = (0.001, 0.02, 0.1, 0.5, 0.9)
 
 
 def distinct_logits(vocab: int, seed: int) -> np.ndarray:
-    """float32[5, V], about 3 times normal, no two of a row alike; multiples of 2**-16, so that no division ties them."""
+    """float32[5, V], about 3 times normal, no two of a row alike: multiples of 2**-16, which no division ties."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(5):

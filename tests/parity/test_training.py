@@ -26,15 +26,10 @@ def test_five_steps_of_adamw_are_those_of_torch(torch):
         weight_decay=0.1, grad_clip=1.0,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    factor = {
-        "embed/tokens": 1e-6,
-        "blocks/attn/q/bias": 1.0,
-        "blocks/attn/q/kernel": 1.0,
-    }  # 1e-6: Adam's epsilon shows
     shapes = {"embed/tokens": (3, 4), "blocks/attn/q/bias": (2, 5), "blocks/attn/q/kernel": (2, 4, 5)}
+    factor = {path: 1e-6 if path == "embed/tokens" else 1.0 for path in shapes}  # so small that Adam's epsilon shows
     start = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    centre = {path: x + np.float32(0.15) * rng.choice([-1, 1], x.shape) for path, x in start.items()}
-    centre = {path: x.astype(np.float32) for path, x in centre.items()}
+    centre = {path: x + rng.choice(np.float32([-0.15, 0.15]), x.shape) for path, x in start.items()}
 
     theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}
     kernel = theirs["blocks/attn/q/kernel"]

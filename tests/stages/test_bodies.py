@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -41,6 +42,15 @@ def letters(letters_run, tmp_path):
     return lambda *overrides: load(letters_run.config, overrides).replace(root=str(tmp_path))
 
 
+def flip_a_bit(directory: Path) -> Path:
+    """In the middle of the largest file there."""
+    victim = max((file for file in directory.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    return victim
+
+
 # The whole chain
 
 
@@ -67,7 +77,7 @@ def test_the_same_run_again_finds_everything_done(tiny_run, letters_run):
         ("sft.train.learning_rate=0.02", ["sft", "evaluate"]),
         ("sft.n_examples=61", ["tokenize_sft", "sft", "evaluate"]),
         ("eval.temperature=0.7", ["evaluate"]),
-        ("train.steps=21", ["pretrain", "sft", "evaluate"]),
+        ("train.steps=13", ["pretrain", "sft", "evaluate"]),
         ("model.n_layers=2", ["pretrain", "sft", "evaluate"]),
         ("data.n_stories=301", STAGES),
         ("seed=1", STAGES),
@@ -119,7 +129,7 @@ def test_report_of_a_text_of_ones_own(letters_run):
 
 
 def test_training_reports_each_step_once_and_learns(tiny_run, letters_run):
-    for run, vals in ((tiny_run, [10, 20]), (letters_run, [5, 10, 12])):
+    for run, vals in ((tiny_run, [6, 12]), (letters_run, [5, 10, 12])):
         manifest = run.manifests["pretrain"]
         records = history(manifest.directory)
         train = [record for record in records if record.get("split") == "train"]
@@ -138,8 +148,8 @@ def test_training_reports_each_step_once_and_learns(tiny_run, letters_run):
 
 def test_results_of_the_fitting_stages(tiny_run):
     base, tuned = (tiny_run.manifests[name].results for name in ("pretrain", "sft"))
-    assert (base["steps"], tuned["steps"]) == (20, 6)
-    assert base["tokens"] < 20 * 4 * 64  # padding and the first token of a row are no targets
+    assert base["steps"] == tuned["steps"] == 12
+    assert base["tokens"] < 12 * 4 * 128  # padding and the first token of a row are no targets
     assert tuned["tokens"] < base["tokens"]  # responses only
     assert base["devices"] == len(jax.devices())
     assert base["parameters"] == sum(x.size for x in jax.tree.leaves(saved.load(base_dir(tiny_run)).params))
@@ -151,18 +161,18 @@ def base_dir(run):
 
 def test_a_trained_model_is_read_back(tiny_run):
     found = saved.load(base_dir(tiny_run))
-    assert (found.step, found.notes) == (20, [])
+    assert (found.step, found.notes) == (12, [])
     assert found.cfg.vocab_size == found.tokenizer.vocab_size
     text = "".join(found.tokenizer.decode(found.tokenizer.encode("Mara")))
     assert text.strip() == "Mara" or "[UNK]" in text
-    earlier = saved.load(base_dir(tiny_run) / "checkpoints" / "10")
-    assert earlier.step == 10
+    earlier = saved.load(base_dir(tiny_run) / "checkpoints" / "6")
+    assert earlier.step == 6
     assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found.params, earlier.params))
-    assert saved.load(base_dir(tiny_run), best=True).step == 20  # the lower validation loss of the two
+    assert saved.load(base_dir(tiny_run), best=True).step == 12  # the lower validation loss of the two
 
 
 def test_fine_tuning_starts_from_the_base_model(tiny_run):
-    """Six small steps keep the weights near those of the base; fresh ones would be far from them."""
+    """A few small steps keep the weights near those of the base; fresh ones would be far from them."""
     base, tuned = (saved.load(tiny_run.manifests[name].directory).params for name in ("pretrain", "sft"))
     before, after = (np.asarray(p["blocks"]["attn"]["q"]["kernel"]) for p in (base, tuned))
     assert 0 < np.abs(after - before).max() < 0.2 * np.abs(before).max()
@@ -292,9 +302,9 @@ def test_bad_text_is_refused_by_name(letters, tmp_path, content, words):
 
 
 def test_a_text_that_is_not_the_one_meant_is_refused(letters):
-    found = sentence(letters(f"data.sha256={'0' * 64}"))
+    found = sentence(letters(f"data.sha256={'a' * 64}"))
     assert "letters.txt" in found
-    assert "data.sha256 says 000000000000" in found
+    assert "data.sha256 says aaaaaaaaaaaa" in found
 
 
 def test_a_corpus_shorter_than_one_window_is_refused(letters, tmp_path):
@@ -319,7 +329,7 @@ def test_a_missing_start_is_refused(letters, tmp_path):
 
 def test_a_start_of_another_tokenizer_is_refused(letters, tiny_run):
     found = sentence(letters(f"pretrain.init_from={base_dir(tiny_run)}"))
-    assert "that model's tokenizer is not the one of this run" in found
+    assert f"init_from={base_dir(tiny_run)}: that model's tokenizer is not" in found
 
 
 def test_checkpoints_of_another_configuration_are_refused(letters, letters_run):
@@ -344,14 +354,14 @@ def test_a_directory_in_use_is_refused(letters):
 
 
 def test_a_training_that_diverges_names_the_step_and_the_last_good_checkpoint(letters):
-    """A rate of 1e37: the second loss overflows."""
+    """A rate of 1e37: the fourth loss overflows."""
     cfg = letters("train.learning_rate=1e37", "train.checkpoint_every=1", "train.schedule=constant")
     with pytest.raises(DivergedError) as caught:
         run_chain(cfg, last="pretrain", echo=quiet)
     spec = next(spec for spec in plan(cfg) if spec.stage == "pretrain")
-    assert "before the update of step 2: loss inf" in str(caught.value)
-    assert f"the last good checkpoint is step 1 in {spec.directory / 'checkpoints'}" in str(caught.value)
-    assert saved.load(spec.directory).step == 1
+    assert "before the update of step 4: loss inf" in str(caught.value)
+    assert f"the last good checkpoint is step 3 in {spec.directory / 'checkpoints'}" in str(caught.value)
+    assert saved.load(spec.directory).step == 3
     assert check(spec)[0] is None
 
 
@@ -374,11 +384,12 @@ def test_skipped_steps_are_counted_and_the_run_ends_well(letters, monkeypatch):
     losses = {record["step"]: record["loss"] for record in records if record.get("split") == "train"}
     assert losses[12] is None
     assert results["train_loss"] == losses[11]
-    with pytest.raises(DivergedError, match="more than train.max_skips=1 steps were not finite"):
+    with pytest.raises(DivergedError, match=r"more than train\.max_skips=1 steps were not finite"):
         chain(letters("train.on_nonfinite=skip", "train.max_skips=1", "train.sample_tokens=0"))
 
 
-def test_fine_tuning_on_pairs_of_ones_own(letters, tmp_path):
+@pytest.mark.parametrize("last", ["sft", pytest.param("evaluate", marks=pytest.mark.slow)])
+def test_fine_tuning_on_pairs_of_ones_own(letters, tmp_path, last):
     pairs = [{"prompt": "the cat", "response": " sat"}, {"prompt": "the dog", "response": " sat on"}] * 12
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -387,9 +398,13 @@ def test_fine_tuning_on_pairs_of_ones_own(letters, tmp_path):
         "sft.train.sample_tokens=0", "eval.n_questions=2", "eval.max_new_tokens=3", "eval.n_samples=0",
         "train.sample_tokens=0", "train.steps=3",
     ]  # fmt: skip
-    manifest, ran = chain(letters(*overrides), last="evaluate")
-    assert ran == ["tokenize", "tokenize_sft", "pretrain", "sft", "evaluate"]
-    assert set(manifest.results["accuracy_by_type"]) == {"all"}
-    assert 0 <= manifest.results["accuracy_after"] <= 1
+    manifest, ran = chain(letters(*overrides), last=last)
+    stages = ["tokenize", "tokenize_sft", "pretrain", "sft", "evaluate"]
+    assert ran == stages[: stages.index(last) + 1]
+    if last == "evaluate":
+        assert set(manifest.results["accuracy_by_type"]) == {"all"}
+        assert 0 <= manifest.results["accuracy_after"] <= 1
+    else:  # each of the two answers and the end of its text, in batches of two packed rows
+        assert manifest.results["tokens"] > 0
     file.write_text(json.dumps(pairs[0]) + "\n")
     assert str(file) in sentence(letters(*overrides), last="tokenize_sft")

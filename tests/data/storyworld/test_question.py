@@ -26,7 +26,9 @@ def _facts(story: str) -> dict[str, dict[str, str]]:
             at[found[1]] = found[2]
         if found := re.match(r"(\w+) had a (\w+) (\w+)\.$", text):
             holder[found[3]], colour[found[3]] = found[1], found[2]
-        if found := re.match(r"\w+ (?:gave|sent|passed|handed) the (\w+) to (\w+)\.$", text):
+        if found := re.match(r"(\w+) had a (\w+) that was (\w+)\.$", text):
+            holder[found[2]], colour[found[2]] = found[1], found[3]
+        if found := re.match(r"\w+ (?:gave|sent|passed|handed) the (\w+) (?:over |on )?to (\w+)\.$", text):
             holder[found[1]] = found[2]
         if found := re.match(r"(\w+) traded the (\w+) for the (\w+) with (\w+)\.$", text):
             holder[found[2]], holder[found[3]] = found[4], found[1]
@@ -45,10 +47,10 @@ def test_answers_are_right(asked: list[Question]) -> None:
             expected = f"{found[1]} was in the {facts['at'][found[1]]}."
         elif found := re.fullmatch(r"Where was the (\w+)\?", text):
             expected = f"The {found[1]} was in the {facts['at'][facts['holder'][found[1]]]}."
-        elif found := re.fullmatch(r"Who had the (\w+)\?", text):
+        elif found := re.fullmatch(r"Who was the (\w+) with\?", text):
             expected = f"The {found[1]} was with {facts['holder'][found[1]]}."
         elif found := re.fullmatch(r"What colour was the (\w+)\?", text):
-            expected = f"The {found[1]} was {facts['colour'][found[1]]}."
+            expected = f"The {found[1]} was still {facts['colour'][found[1]]}."
         elif found := re.fullmatch(r"How did (\w+) feel\?", text):
             expected = f"{found[1]} felt {facts['mood'][found[1]]}."
         else:
@@ -70,7 +72,7 @@ def test_form(world: World, asked: list[Question]) -> None:
         assert question.answer in question.candidates
         assert len(set(question.candidates)) == len(question.candidates) >= world.min_candidates
         assert set(words_of(question.prompt + " ".join(question.candidates))) <= words
-        assert len(words_of(f"{question.prompt} Answer: {question.answer}")) - len(words_of(question.story)) <= 17
+        assert len(words_of(f"{question.prompt} Answer: {question.answer}")) - len(words_of(question.story)) <= 16
 
 
 def test_answers_are_sentences_that_stories_tell(world: World, asked: list[Question]) -> None:
@@ -107,8 +109,11 @@ def test_stories_are_of_the_split(world: World, asked: list[Question]) -> None:
     assert len({question.story for question in asked}) == len(asked)
 
 
-def test_no_trivial_strategy_answers_half(asked: list[Question]) -> None:
-    for kind, scores in baselines(asked, asked).items():
+def test_no_trivial_strategy_answers_half(world: World, asked: list[Question]) -> None:
+    # The most frequent answers are counted on other questions: with a hundred a type and 32 names to draw on, counts of
+    # the very questions asked would remember some of their answers.
+    others = list(questions(world, 8, "train", len(asked)))
+    for kind, scores in baselines(others, asked).items():
         assert max(scores.values()) <= 0.5, (kind, scores)
 
 

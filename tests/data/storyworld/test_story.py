@@ -37,7 +37,7 @@ def test_probability_of_a_story_by_hand() -> None:
     # Two people, so that every factor can be written down. The world ends after one sentence that is no introduction.
     world = replace(WORLDS["small"], n_people=2, arrive=(0.5, 1.0), max_places=3, ending=(0.25, 1.0))
     text = (
-        "Anna lived in the garden. Anna had a red lamp. Ben lived in the barn. Ben had a blue hat. "
+        "Anna lived in the garden. Anna had a lamp that was red. Ben lived in the barn. Ben had a hat that was blue. "
         "Anna ran to the barn."
     )
     names, places, things, colours = map(len, (world.names, world.places, world.things, world.colours))
@@ -47,9 +47,9 @@ def test_probability_of_a_story_by_hand() -> None:
         * 0.5 * (1 / (names - 1)) * (0.5 / (places - 1))  # Ben arrives at once, in a new place: the barn
         * (1 / (colours - 1)) * (1 / (things - 1))
         * 0.75  # the story goes on
-        * 0.20  # a move: the weights of the small world's kinds sum to 1, and all are possible
+        * 0.15  # a move: the weights of the small world's kinds sum to 1, and all are possible
         * (1 / 2) * (1 - 0.2)  # Anna or Ben; the one other place of the story rather than a new one
-        * (1 / 8)  # one of eight wordings
+        * (1 / 3)  # one of three wordings
     )  # fmt: skip
     assert sum(weight for _, weight in world.kinds) == pytest.approx(1.0)
     assert (world.arrive_new, world.move_new) == (0.5, 0.2)
@@ -134,9 +134,9 @@ def test_stories_are_a_function_of_seed_split_and_index(world: World) -> None:
 def test_golden_first_story() -> None:
     # Changes only when the worlds or the drawing change: then raise the VERSION of the stage that tells the stories.
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["small"], 0, "train", 20)).encode()).hexdigest()
-    assert digest[:16] == "86dbb9b05387551e"
+    assert digest[:16] == "1cda664ca3c1257b"
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["rich"], 0, "train", 20)).encode()).hexdigest()
-    assert digest[:16] == "08a530fb6907a3a5"
+    assert digest[:16] == "c13833bed9b8088f"
 
 
 def test_splits_share_no_story_and_have_their_share(world: World, told: list[Story]) -> None:
@@ -161,9 +161,9 @@ def test_training_stories_do_not_repeat(told: list[Story]) -> None:
 
 
 _STORY = (
-    "Anna lived in the garden. Anna had a red lamp. Ben lived in the barn. Ben had a blue hat. "
-    "Clara lived in the mill. Clara had a green kite. Anna ran to the barn. Anna gave the lamp to Ben. "
-    "The hat was blue. The lamp was with Ben. Anna was in the barn. Ben had the lamp."
+    "Anna lived in the garden. Anna had a lamp that was red. Ben lived in the barn. Ben had a hat that was blue. "
+    "Clara lived in the mill. Clara had a kite that was green. Anna ran to the barn. Anna handed the lamp over to Ben. "
+    "The hat was still blue. The lamp was with Ben. Anna was in the barn. Ben had the lamp."
 )
 
 
@@ -172,16 +172,16 @@ _STORY = (
     [
         ("Anna was in the barn.", "Anna was in the garden.", "sentence 11 .*'Anna was in the garden.'"),
         ("The lamp was with Ben.", "The lamp was with Anna.", "sentence 10 .*'The lamp was with Anna.'"),
-        ("The hat was blue.", "The hat was red.", "sentence 9 .*'The hat was red.'"),
-        ("Anna gave the lamp", "Anna gave the hat", "sentence 8 .*'Anna gave the hat to Ben.'"),
+        ("The hat was still blue.", "The hat was still red.", "sentence 9 .*'The hat was still red.'"),
+        ("Anna handed the lamp", "Anna handed the hat", "sentence 8 .*'Anna handed the hat over to Ben.'"),
         ("Anna ran to the barn.", "Anna ran to the garden.", "sentence 7 .*'Anna ran to the garden.'"),
         ("Anna ran to", "She ran to", "sentence 7 .*'She ran to the barn.'"),
         ("Anna ran to", "Anna flew to", "sentence 7 .*'Anna flew to the barn.'"),
-        ("Clara lived in the mill. ", "", "sentence 5 .*'Clara had a green kite.'"),
-        ("The hat was blue. ", "The lamp was with Ben. ", "sentence 9 .*'The lamp was with Ben.'"),  # just told
+        ("Clara lived in the mill. ", "", "sentence 5 .*'Clara had a kite that was green.'"),
+        ("The hat was still blue. ", "The lamp was with Ben. ", "sentence 9 .*'The lamp was with Ben.'"),  # just told
         (" Ben had the lamp.", "", "stops after sentence 11"),
         ("Ben had the lamp.", "Ben had the lamp", "sentence 12 .*'Ben had the lamp'"),
-        ("The hat was blue. ", "The hat was blue.", "sentence 9 .*'The hat was blue.The lamp was with Ben.'"),
+        ("still blue. ", "still blue.", "sentence 9 .*'The hat was still blue.The lamp was with Ben.'"),
     ],
 )
 def test_a_text_that_is_no_story_is_refused(old: str, new: str, named: str) -> None:
@@ -238,7 +238,9 @@ def test_words(world: World, told: list[Story]) -> None:
     used = {word for story in told for word in words_of(story.text)}
     assert used <= set(vocabulary(world))
     assert not used & {"Question", "Answer", ":", "?"}
-    assert 120 <= len(vocabulary(world)) <= 250
+    # Counted by hand. Words of classes: 16 + 16 + 16 + 8 + 8 in the small world; 32 + 28 + 32 + 12 + 20 + 10 + 8 + 5 and
+    # two pronouns in the rich. Fixed words and marks, those of questions and "Answer:" included: 31 and 52.
+    assert len(vocabulary(world)) == {"small": 64 + 31, "rich": 149 + 52}[world.name]
     for story in told[:200]:
         assert "\n" not in story.text
         assert not re.search(r"\ba [aeiou]", story.text)
@@ -246,9 +248,9 @@ def test_words(world: World, told: list[Story]) -> None:
 
 
 def test_length_is_bounded(world: World, told: list[Story]) -> None:
-    # A question and its answer ("Question: What colour was the lamp? Answer: The lamp was in the garden.") add at most
-    # 17 tokens and the two ends 2, so that a row of 128 (small) or 256 (rich) holds the whole.
-    assert world.max_tokens + 17 + 2 <= {"small": 128, "rich": 256}[world.name]
+    # A question and its answer ("Question: What colour was the lamp? Answer: The lamp was still green.") add at most 16
+    # tokens and the two ends 2, so that a row of 128 (small) or 256 (rich) holds the whole.
+    assert world.max_tokens + 16 + 2 <= {"small": 128, "rich": 256}[world.name]
     lengths = [len(words_of(story.text)) for story in told]
     assert max(lengths) <= world.max_tokens
     assert max(lengths) - min(lengths) > 20

@@ -1,0 +1,300 @@
+"""A training that was stopped, however it was stopped, ends in the very bits of one that never was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import train
+from jaxlm.checkpoint import restore
+from jaxlm.config import ModelConfig, RunConfig, TrainConfig, validated
+from jaxlm.data import RowSet, write_stream
+from jaxlm.errors import Preempted
+from jaxlm.metrics_log import history
+from jaxlm.stages import fitting
+from jaxlm.stages.plan import plan
+from jaxlm.stages.runner import run_chain
+from jaxlm.stages.spec import Spec
+from jaxlm.stages.store import write_spec
+from jaxlm.tokenizers import char
+from jaxlm.train import loop
+
+QUICK_COMPILE = True
+
+
+def train_lines(directory: Path) -> list[tuple[int, str, str, int]]:
+    """(step, loss in hex, gradient norm in hex, tokens) of each training record, as they stand in the file."""
+    return [
+        (record["step"], record["loss"].hex(), record["grad_norm"].hex(), record["tokens"])
+        for record in history(directory)
+        if record.get("split") == "train"
+    ]
+
+
+def val_lines(directory: Path) -> list[tuple[int, str]]:
+    return [(r["step"], r["loss"].hex()) for r in history(directory) if r.get("split") == "val"]
+
+
+def digests(directory: Path, cfg: TrainConfig) -> tuple[int, dict[str, str]]:
+    """Step and digest of every leaf of the newest checkpoint: parameters, moments, counters."""
+    shapes = loop.items(jax.eval_shape(lambda: train.init_state(cfg, 0)))
+    found = restore(directory / "checkpoints", shapes)
+    assert found is not None
+    flat = jax.tree_util.tree_flatten_with_path(found.items)[0]
+    return found.step, {
+        jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for path, leaf in flat
+    }
+
+
+# In this process: stops at chosen steps
+
+CFG = TrainConfig(
+    model=ModelConfig(vocab_size=8, n_layers=1, d_model=8, n_heads=2, d_ff=12, max_seq_len=8, dropout=0.2),
+    steps=9, batch_size=4, grad_accum_steps=2, warmup_steps=2, learning_rate=0.02, log_every=1, eval_every=4,
+    checkpoint_every=3, keep_checkpoints=1, sample_tokens=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fit_in(tmp_path_factory) -> Callable[..., dict[str, Any]]:
+    """fit_in(directory, stop_after=None): a whole fitting stage but its process; asks itself to stop after that step."""
+    tokenizer = char("abcdefgh")
+    ids = np.random.default_rng(0).integers(0, 8, 8 * 6 + 1)  # 6 rows: the batches of 4 straddle the ends of epochs
+    data = tmp_path_factory.mktemp("rows")
+    index = write_stream(data, ids, name="train", seq_len=8, vocab_size=8, tokenizer_fingerprint=tokenizer.fingerprint)
+    rows = RowSet(data, index)
+
+    def run(directory: Path, stop_after: int | None = None) -> dict[str, Any]:
+        spec = Spec(stage="pretrain", version=1, config={}, root=str(directory))
+        spec.directory.mkdir(parents=True, exist_ok=True)
+        asked = []
+        done = [record["step"] for record in history(spec.directory) if record.get("split") == "train"]
+        first = max(done, default=0)
+
+        @contextmanager
+        def stop_requested() -> Iterator[Callable[[], bool]]:
+            def stop() -> bool:
+                asked.append(1)
+                return stop_after is not None and first + len(asked) >= stop_after
+
+            yield stop
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fitting, "_stop_requested", stop_requested)
+            return fitting.fit_stage(
+                spec, CFG, seed=5, tokenizer=tokenizer, rows=rows, val_rows=rows, prompt="",
+                start=lambda cfg: jax.jit(train.init_state)(cfg, np.uint32(5)),
+            )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(fit_in, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("unbroken")
+    results = fit_in(root)
+    (directory,) = root.glob("store/pretrain-*")
+    return directory, results
+
+
+def same_end(directory: Path, results: dict[str, Any], unbroken: tuple[Path, dict[str, Any]]) -> None:
+    expected, expected_results = unbroken
+    assert digests(directory, CFG) == digests(expected, CFG)
+    assert train_lines(directory) == train_lines(expected)
+    assert val_lines(directory) == val_lines(expected)
+    for key in ("steps", "tokens", "train_loss", "val_loss", "skipped", "devices"):
+        assert results[key] == expected_results[key], key
+
+
+def test_the_unbroken_run_is_what_the_others_should_be(unbroken):
+    directory, results = unbroken
+    assert [line[0] for line in train_lines(directory)] == list(range(1, 10))
+    assert [line[0] for line in val_lines(directory)] == [4, 8, 9]
+    assert results["steps"] == 9
+    assert results["tokens"] == 9 * 4 * 8
+    assert digests(directory, CFG)[0] == 9
+
+
+@pytest.mark.parametrize("stops", [[1, 4, 5], [3], [8, 9]], ids=str)
+def test_stopped_and_continued(fit_in, unbroken, tmp_path, stops):
+    """After the first step, at an evaluation, at a checkpoint, in mid-epoch, and after the last step of all."""
+    for step in stops:
+        with pytest.raises(Preempted, match=f"after step {step} of 9, saved"):
+            fit_in(tmp_path, stop_after=step)
+        (directory,) = tmp_path.glob("store/pretrain-*")
+        assert digests(directory, CFG)[0] == step
+    same_end(directory, fit_in(tmp_path), unbroken)
+
+
+def test_a_run_that_only_lacks_its_closing_words(fit_in, unbroken, tmp_path):
+    """All steps done and saved, and killed before the stage could say so: nothing is trained or logged again."""
+    first = fit_in(tmp_path)
+    (directory,) = tmp_path.glob("store/pretrain-*")
+    lines = (directory / "metrics.jsonl").read_bytes()
+    second = fit_in(tmp_path)
+    assert (directory / "metrics.jsonl").read_bytes() == lines
+    assert {**second, "tokens_per_s": 0} == {**first, "tokens_per_s": 0}
+    same_end(directory, second, unbroken)
+
+
+# For real: processes and signals
+
+CONFIG: dict[str, Any] = {
+    "name": "killed",
+    "data": {"n_stories": 60, "n_val_stories": 4, "seq_len": 32},
+    "model": {"preset": "nano", "n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 32, "dropout": 0.1},
+    "train": {
+        "steps": 24, "batch_size": 4, "grad_accum_steps": 2, "learning_rate": 0.01, "log_every": 1, "eval_every": 10,
+        "eval_rows": 4, "checkpoint_every": 2, "sample_tokens": 0,
+    },
+}  # fmt: skip
+
+
+class Stage:
+    """The pretrain stage of CONFIG in a store of its own, and its processes."""
+
+    def __init__(self, root: Path, prepared: Path, env: dict[str, str], **train_options: Any) -> None:
+        self.cfg = validated(RunConfig, CONFIG | {"root": str(root), "train": CONFIG["train"] | train_options})
+        (root / "store").mkdir()
+        for done in prepared.glob("store/*"):
+            (root / "store" / done.name).symlink_to(done, target_is_directory=True)
+        self.spec = next(spec for spec in plan(self.cfg) if spec.stage == "pretrain")
+        self.directory = write_spec(self.spec)
+        self.env = env
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> subprocess.Popen[str]:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jaxlm.stages.pretrain", str(self.directory)],
+            cwd=Path(__file__).parent.parent, env=self.env, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        return self.process
+
+    def steps(self) -> list[int]:
+        return sorted(int(p.name) for p in self.directory.glob("checkpoints/*") if p.name.isdecimal())
+
+    def wait_for_a_checkpoint(self) -> int:
+        """Waits until the process has saved one that was not there when this was called; returns its step."""
+        assert self.process is not None
+        before = max(self.steps(), default=0)
+        end = time.monotonic() + 120
+        while max(self.steps(), default=0) <= before:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        return max(self.steps())
+
+    def end(self) -> tuple[int, str]:
+        assert self.process is not None
+        error = self.process.communicate(timeout=200)[1]
+        return self.process.returncode, error
+
+    def outcome(self) -> tuple[Any, ...]:
+        options = TrainConfig(
+            model=ModelConfig(**json.loads((self.directory / "model.json").read_text())), **self.cfg.train.model_dump()
+        )
+        return digests(self.directory, options), train_lines(self.directory), val_lines(self.directory)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A store with the text and the tokens."""
+    root = tmp_path_factory.mktemp("prepared")
+    cfg = validated(RunConfig, CONFIG | {"root": str(root), "launcher": "inline"})
+    run_chain(cfg, last="tokenize", echo=lambda line: None)
+    return root
+
+
+@pytest.fixture
+def make_stage(prepared, tmp_path):
+    made = []
+
+    def make(name: str, env: dict[str, str], **train_options: Any) -> Stage:
+        (tmp_path / name).mkdir()
+        made.append(Stage(tmp_path / name, prepared, env, **train_options))
+        return made[-1]
+
+    yield make
+    for stage in made:
+        if stage.process is not None and stage.process.poll() is None:
+            stage.process.kill()
+            stage.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def quick_env(tmp_path_factory) -> dict[str, str]:
+    """For processes: as they are run for tests, and each program compiled once for all of them."""
+    return os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+def test_killed_and_terminated_processes_continue_to_the_same_bits(make_stage, quick_env):
+    # How often it saves decides nothing: the unbroken run saves once.
+    whole, broken = make_stage("whole", quick_env, checkpoint_every=0), make_stage("broken", quick_env)
+    assert whole.spec.id == broken.spec.id
+    whole.start()
+    assert whole.end() == (0, "")
+
+    broken.start()
+    broken.wait_for_a_checkpoint()
+    time.sleep(random.uniform(0, 0.3))
+    broken.process.kill()
+    assert broken.end()[0] == -signal.SIGKILL
+    killed_at = max(broken.steps())
+    assert 0 < killed_at < 24
+    assert not (broken.directory / "manifest.json").exists()
+
+    broken.start()
+    broken.wait_for_a_checkpoint()
+    broken.process.send_signal(signal.SIGTERM)
+    code, error = broken.end()
+    assert code == Preempted.exit_code == 75, error
+    assert "saved; run the same command again" in error
+    assert "Traceback" not in error
+    stopped_at = max(broken.steps())
+    assert killed_at < stopped_at < 24
+    assert f"after step {stopped_at} of 24" in error
+
+    broken.start()
+    assert broken.end() == (0, "")
+    assert broken.outcome() == whole.outcome()
+    assert [line[0] for line in train_lines(broken.directory)] == list(range(1, 25))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(make_stage):
+    """Compiled as users compile it, in each process anew; killed at any moment, compilation and saving included."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    whole, broken = make_stage("whole", plain), make_stage("broken", plain)
+    begun = time.monotonic()
+    whole.start()
+    assert whole.end() == (0, "")
+    typical = time.monotonic() - begun
+    for _ in range(5):
+        process = broken.start()
+        time.sleep(random.uniform(0.1, 1.0) * typical)
+        if process.poll() is None:
+            process.kill()
+        broken.end()
+    broken.start()
+    assert broken.end() == (0, "")
+    assert broken.outcome() == whole.outcome()
