@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jaxlm.config import ModelConfig, RunConfig, TrainConfig, validated
 from jaxlm.data import RowSet, write_stream
 from jaxlm.errors import Preempted
 from jaxlm.metrics_log import history
-from jaxlm.stages import fitting
+from jaxlm.stages import fitting, process
 from jaxlm.stages.plan import plan
 from jaxlm.stages.runner import run_chain
 from jaxlm.stages.spec import Spec
@@ -69,38 +70,46 @@ CFG = TrainConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def fit_in(tmp_path_factory) -> Callable[..., dict[str, Any]]:
-    """fit_in(directory, stop_after=None): a whole fitting stage but its process; asks itself to stop after that step."""
-    tokenizer = char("abcdefgh")
-    ids = np.random.default_rng(0).integers(0, 8, 8 * 6 + 1)  # 6 rows: the batches of 4 straddle the ends of epochs
-    data = tmp_path_factory.mktemp("rows")
-    index = write_stream(data, ids, name="train", seq_len=8, vocab_size=8, tokenizer_fingerprint=tokenizer.fingerprint)
-    rows = RowSet(data, index)
+class Fitting:
+    """A whole fitting stage but its process, on 6 rows: batches of 4 straddle the ends of epochs."""
 
-    def run(directory: Path, stop_after: int | None = None) -> dict[str, Any]:
-        spec = Spec(stage="pretrain", version=1, config={}, root=str(directory))
+    def __init__(self, data: Path) -> None:
+        self.tokenizer = char("abcdefgh")
+        ids = np.random.default_rng(0).integers(0, 8, 8 * 6 + 1)
+        index = write_stream(
+            data, ids, name="train", seq_len=8, vocab_size=8, tokenizer_fingerprint=self.tokenizer.fingerprint
+        )
+        self.data = (data, index)
+
+    def spec(self, root: Path) -> Spec:
+        return Spec(stage="pretrain", version=1, config={}, root=str(root))
+
+    def __call__(self, root: Path, *, stop_after: int | None = None, signal_at: int = 0) -> dict[str, Any]:
+        """Trains in `root`, from where it stands there.
+
+        Args:
+            root: of a store.
+            stop_after: the step after which it finds that it has been asked to stop.
+            signal_at: the step, counted from where it starts, in which it gets a SIGTERM.
+        """
+        spec = self.spec(root)
         spec.directory.mkdir(parents=True, exist_ok=True)
-        asked = []
-        done = [record["step"] for record in history(spec.directory) if record.get("split") == "train"]
-        first = max(done, default=0)
-
-        @contextmanager
-        def stop_requested() -> Iterator[Callable[[], bool]]:
-            def stop() -> bool:
-                asked.append(1)
-                return stop_after is not None and first + len(asked) >= stop_after
-
-            yield stop
-
+        done = max((r["step"] for r in history(spec.directory) if r.get("split") == "train"), default=0)
+        steps = count(done + 1)
+        rows = RowSet(*self.data)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fitting, "_stop_requested", stop_requested)
+            if not signal_at:
+                patch.setattr(fitting, "_stop_requested", lambda: nullcontext(lambda: next(steps) == stop_after))
             return fitting.fit_stage(
-                spec, CFG, seed=5, tokenizer=tokenizer, rows=rows, val_rows=rows, prompt="",
+                spec, CFG, seed=5, tokenizer=self.tokenizer, val_rows=rows, prompt="",
+                rows=Telling(*self.data, signal_at=signal_at) if signal_at else rows,
                 start=lambda cfg: jax.jit(train.init_state)(cfg, np.uint32(5)),
             )  # fmt: skip
 
-    return run
+
+@pytest.fixture(scope="module")
+def fit_in(tmp_path_factory) -> Fitting:
+    return Fitting(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +138,7 @@ def test_the_unbroken_run_is_what_the_others_should_be(unbroken):
     assert digests(directory, CFG)[0] == 9
 
 
-@pytest.mark.parametrize("stops", [[1, 4, 5], [3], [8, 9]], ids=str)
+@pytest.mark.parametrize("stops", [[1, 4, 5], [3, 8, 9]], ids=str)
 def test_stopped_and_continued(fit_in, unbroken, tmp_path, stops):
     """After the first step, at an evaluation, at a checkpoint, in mid-epoch, and after the last step of all."""
     for step in stops:
@@ -140,15 +149,36 @@ def test_stopped_and_continued(fit_in, unbroken, tmp_path, stops):
     same_end(directory, fit_in(tmp_path), unbroken)
 
 
-def test_a_run_that_only_lacks_its_closing_words(fit_in, unbroken, tmp_path):
-    """All steps done and saved, and killed before the stage could say so: nothing is trained or logged again."""
-    first = fit_in(tmp_path)
-    (directory,) = tmp_path.glob("store/pretrain-*")
-    lines = (directory / "metrics.jsonl").read_bytes()
-    second = fit_in(tmp_path)
-    assert (directory / "metrics.jsonl").read_bytes() == lines
-    assert {**second, "tokens_per_s": 0} == {**first, "tokens_per_s": 0}
-    same_end(directory, second, unbroken)
+class Telling(RowSet):
+    """Rows that send a signal to this very process when the batch of a chosen step is read."""
+
+    def __init__(self, *args: Any, signal_at: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.left = signal_at
+
+    def batch(self, indices: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch(indices)
+
+
+def test_sigterm_ends_with_code_75_and_everything_saved(fit_in, unbroken, tmp_path, capfd, monkeypatch):
+    """The frame of a stage's process, with a real signal, in this process."""
+    spec = fit_in.spec(tmp_path)
+    write_spec(spec)
+    monkeypatch.delenv(process.PARENT, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            process.main(lambda spec, inputs: fit_in(tmp_path, signal_at=6), [str(spec.directory)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 75  # EX_TEMPFAIL, which flows retry
+    assert "after step 6 of 9, saved; run the same command again." in capfd.readouterr().err
+    assert digests(spec.directory, CFG)[0] == 6
+    assert not (spec.directory / "manifest.json").exists()
+    same_end(spec.directory, fit_in(tmp_path), unbroken)
 
 
 # For real: processes and signals
@@ -247,32 +277,20 @@ def quick_env(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def test_killed_and_terminated_processes_continue_to_the_same_bits(make_stage, quick_env):
+def test_a_killed_process_continues_to_the_same_bits(make_stage, quick_env):
     # How often it saves decides nothing: the unbroken run saves once.
     whole, broken = make_stage("whole", quick_env, checkpoint_every=0), make_stage("broken", quick_env)
     assert whole.spec.id == broken.spec.id
     whole.start()
     assert whole.end() == (0, "")
 
-    broken.start()
+    process = broken.start()
     broken.wait_for_a_checkpoint()
     time.sleep(random.uniform(0, 0.3))
-    broken.process.kill()
+    process.kill()
     assert broken.end()[0] == -signal.SIGKILL
-    killed_at = max(broken.steps())
-    assert 0 < killed_at < 24
+    assert 0 < max(broken.steps()) < 24
     assert not (broken.directory / "manifest.json").exists()
-
-    broken.start()
-    broken.wait_for_a_checkpoint()
-    broken.process.send_signal(signal.SIGTERM)
-    code, error = broken.end()
-    assert code == Preempted.exit_code == 75, error
-    assert "saved; run the same command again" in error
-    assert "Traceback" not in error
-    stopped_at = max(broken.steps())
-    assert killed_at < stopped_at < 24
-    assert f"after step {stopped_at} of 24" in error
 
     broken.start()
     assert broken.end() == (0, "")
@@ -281,7 +299,7 @@ def test_killed_and_terminated_processes_continue_to_the_same_bits(make_stage, q
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(make_stage):
+def test_killed_and_terminated_again_and_again(make_stage):
     """Compiled as users compile it, in each process anew; killed at any moment, compilation and saving included."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     whole, broken = make_stage("whole", plain), make_stage("broken", plain)
@@ -289,12 +307,22 @@ def test_killed_again_and_again(make_stage):
     whole.start()
     assert whole.end() == (0, "")
     typical = time.monotonic() - begun
-    for _ in range(5):
+    for _ in range(4):
         process = broken.start()
         time.sleep(random.uniform(0.1, 1.0) * typical)
         if process.poll() is None:
             process.kill()
-        broken.end()
+        assert broken.end()[0] in (0, -signal.SIGKILL)
+    shutil.rmtree(broken.directory / "checkpoints", ignore_errors=True)  # from the start again, lest it be done already
+    (broken.directory / "manifest.json").unlink(missing_ok=True)
+    process = broken.start()
+    stopped_at = broken.wait_for_a_checkpoint()
+    process.send_signal(signal.SIGTERM)
+    code, error = broken.end()
+    assert code == 75, error
+    assert "saved; run the same command again" in error
+    assert "Traceback" not in error
+    assert stopped_at <= max(broken.steps()) < 24
     broken.start()
     assert broken.end() == (0, "")
     assert broken.outcome() == whole.outcome()
