@@ -367,8 +367,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = values
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent, {})
         if not isinstance(child, dict):
             raise InputError(f"--set {override}: {parent} is not a section.")
-        node = child
+        node[parent] = dict(child)  # a copy: two sections of a file with anchors may be one object
+        node = node[parent]
     node[last] = value

@@ -293,6 +293,11 @@ def test_override_makes_missing_sections_and_a_later_one_wins(tmp_path):
     assert cfg.model.rope_scaling == RopeScaling(factor=2.0)
 
 
+def test_override_of_one_section_leaves_another_that_yaml_shares_with_it(tmp_path):
+    cfg = loaded(tmp_path, "train: &t {steps: 50, beta1: 0.8}\nsft: {train: *t}\n", "sft.train.steps=5")
+    assert (cfg.train.steps, cfg.sft.train.steps, cfg.sft.train.beta1) == (50, 5, 0.8)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

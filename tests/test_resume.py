@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import train
+from jaxlm import model, train
 from jaxlm.checkpoint import restore
 from jaxlm.config import ModelConfig, RunConfig, TrainConfig, validated
 from jaxlm.data import RowSet, write_stream
@@ -64,7 +64,7 @@ def digests(directory: Path, cfg: TrainConfig) -> tuple[int, dict[str, str]]:
 # In this process: stops at chosen steps
 
 CFG = TrainConfig(
-    model=ModelConfig(vocab_size=8, n_layers=1, d_model=8, n_heads=2, d_ff=12, max_seq_len=8, dropout=0.2),
+    model=ModelConfig(vocab_size=8, n_layers=1, d_model=8, n_heads=2, d_ff=12, max_seq_len=8, mlp="relu", dropout=0.2),
     steps=9, batch_size=4, grad_accum_steps=2, warmup_steps=2, learning_rate=0.02, log_every=1, eval_every=4,
     checkpoint_every=3, keep_checkpoints=1, sample_tokens=0,
 )  # fmt: skip
@@ -80,6 +80,9 @@ class Fitting:
             data, ids, name="train", seq_len=8, vocab_size=8, tokenizer_fingerprint=self.tokenizer.fingerprint
         )
         self.data = (data, index)
+        shapes = jax.eval_shape(lambda: model.init(CFG.model, jax.random.key(0)))
+        rng = np.random.default_rng(1)
+        self.params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * 0.2, shapes)
 
     def spec(self, root: Path) -> Spec:
         return Spec(stage="pretrain", version=1, config={}, root=str(root))
@@ -103,7 +106,7 @@ class Fitting:
             return fitting.fit_stage(
                 spec, CFG, seed=5, tokenizer=self.tokenizer, val_rows=rows, prompt="",
                 rows=Telling(*self.data, signal_at=signal_at) if signal_at else rows,
-                start=lambda cfg: jax.jit(train.init_state)(cfg, np.uint32(5)),
+                start=lambda cfg: train.init_state(cfg, 5, params=self.params),
             )  # fmt: skip
 
 
@@ -186,7 +189,7 @@ def test_sigterm_ends_with_code_75_and_everything_saved(fit_in, unbroken, tmp_pa
 CONFIG: dict[str, Any] = {
     "name": "killed",
     "data": {"n_stories": 60, "n_val_stories": 4, "seq_len": 32},
-    "model": {"preset": "nano", "n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 32, "dropout": 0.1},
+    "model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 32, "mlp": "relu", "dropout": 0.1},
     "train": {
         "steps": 24, "batch_size": 4, "grad_accum_steps": 2, "learning_rate": 0.01, "log_every": 1, "eval_every": 10,
         "eval_rows": 4, "checkpoint_every": 2, "sample_tokens": 0,

@@ -15,6 +15,7 @@ from jaxlm.errors import InputError
 from jaxlm.stages.spec import Manifest
 from jaxlm.stages.store import read_json, write_json
 
+FIGURES = "report-files"
 REPORT_FILES = ("report.md", "report.html", "report.json")
 
 
@@ -49,6 +50,9 @@ def record(cfg: RunConfig, config_name: str, manifest: Manifest) -> Path:
             part = folder / f".{name}.{os.getpid()}.tmp"
             shutil.copyfile(manifest.directory / name, part)
             os.replace(part, folder / name)
+            # report.md names its pictures by this folder, so it must be found beside the copy too.
+            if (manifest.directory / FIGURES).is_dir():
+                _link(folder / FIGURES, os.path.join(stages[manifest.stage], FIGURES))
     return folder
 
 

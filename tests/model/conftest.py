@@ -27,8 +27,8 @@ MODELS: dict[str, ModelConfig] = {
     "lesson_sinusoidal": preset("lesson_sinusoidal", **{**_SMALL, "d_ff": 24}),
     "bigram": preset("bigram", vocab_size=V),
 }
-# Two of them add no trait of their own to what the others have together, and each compiles for seconds.
-_RARE = ("llama", "lesson_learned")
+# Three of them add no trait of their own to what the others have together, and each compiles for seconds.
+_RARE = ("gpt2", "llama", "lesson_learned")
 _PARAMS = [pytest.param(name, marks=pytest.mark.slow if name in _RARE else ()) for name in MODELS]
 
 

@@ -16,9 +16,7 @@ QUICK_COMPILE = True
 TIGHT = {"rtol": 2e-5, "atol": 2e-5}  # float32, sums in another order
 
 
-@jax.jit
-def full(cfg: Any, params: Any, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
-    return model.apply(cfg, params, tokens, positions=positions, segment_ids=segment_ids)
+full = jax.jit(model.apply)
 
 
 def places(tokens: np.ndarray) -> np.ndarray:
@@ -27,7 +25,7 @@ def places(tokens: np.ndarray) -> np.ndarray:
 
 def logits_of(cfg, params, tokens):
     """Logits by the one compiled function of a model: positions from 0, one segment."""
-    return full(cfg, params, tokens, places(tokens), np.ones_like(tokens))
+    return full(cfg, params, tokens, positions=places(tokens), segment_ids=np.ones_like(tokens))
 
 
 def test_logits_are_float32_of_the_vocabulary(cfg, weights, tokens):
@@ -80,6 +78,22 @@ def test_scan_over_layers_and_remat_equal_unrolled_layers(cfg, weights, tokens):
     np.testing.assert_allclose(logits_of(other, weights(cfg), tokens), logits_of(cfg, weights(cfg), tokens), **TIGHT)
 
 
+@pytest.mark.slow
+def test_scan_and_remat_have_the_gradients_of_unrolled_layers(cfg, weights, tokens):
+    if cfg.kind == "bigram":
+        pytest.skip("a bigram has no layers to scan")
+
+    @jax.jit
+    def grads(cfg, params):
+        return jax.grad(lambda p: jnp.square(model.apply(cfg, p, tokens)).mean())(params)
+
+    plain = grads(cfg, weights(cfg))
+    for options in ({"scan_layers": True}, {"scan_layers": True, "remat": True}, {"remat": True}):
+        found = grads(cfg.replace(**options), weights(cfg))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, plain)
+    assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)) > 0
+
+
 def test_a_row_of_a_batch_equals_the_row_alone(models, weights, tokens):
     params = weights(models["nano"])
     alone = logits_of(models["nano"], params, tokens[1:2])
@@ -94,7 +108,7 @@ def test_packed_documents_equal_the_same_documents_alone(cfg, weights, tokens):
     segment_ids[0, 5:] = 2
     positions = places(tokens).copy()
     positions[0, 5:] = np.arange(3)
-    out = full(cfg, params, packed, positions, segment_ids)
+    out = full(cfg, params, packed, positions=positions, segment_ids=segment_ids)
     np.testing.assert_allclose(out[0, :5], out[1, :5], **TIGHT)
     np.testing.assert_allclose(out[0, 5:], out[2, :3], **TIGHT)
 
@@ -106,7 +120,9 @@ def test_segments_alone_keep_documents_apart(models, name, weights, tokens):
     other[:, :5] = (other[:, :5] + 1) % cfg.vocab_size
     segment_ids = np.ones_like(tokens)
     segment_ids[:, 5:] = 2
-    first, second = (full(cfg, weights(cfg), each, places(tokens), segment_ids) for each in (tokens, other))
+    first, second = (
+        full(cfg, weights(cfg), each, positions=places(tokens), segment_ids=segment_ids) for each in (tokens, other)
+    )
     np.testing.assert_array_equal(first[:, 5:], second[:, 5:])
     assert np.abs(first[:, :5] - second[:, :5]).max() > 1e-3
 
@@ -167,18 +183,19 @@ def test_writes_beyond_the_cache_are_dropped():
 
 
 def test_segments_and_a_cache_do_not_go_together(models, weights, tokens):
-    cfg = models["gpt2"]
+    cfg = models["nano"]
     with pytest.raises(ValueError, match="segment_ids and cache"):
         model.forward(cfg, weights(cfg), tokens, segment_ids=tokens, cache=model.init_cache(cfg, 3, 9))
 
 
 def test_dropout_is_off_without_a_key_and_follows_its_key(models, weights, tokens):
-    cfg = models["gpt2"].replace(n_layers=1, dropout=0.4)
+    cfg = models["nano"].replace(n_layers=1, dropout=0.4)
     params = weights(cfg)
     forward = jax.jit(lambda cfg, key: model.forward(cfg, params, tokens, dropout_key=key)[0])
     first, again, other = (np.asarray(forward(cfg, jax.random.key(seed))) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
+    np.testing.assert_allclose(forward(cfg.replace(scan_layers=True), jax.random.key(1)), first, **TIGHT)
     plain = forward(cfg.replace(dropout=0.0), None)
     np.testing.assert_array_equal(forward(cfg, None), plain)
     assert np.abs(first - plain).max() > 0.1

@@ -10,6 +10,7 @@ import pytest
 
 from jaxlm import model
 from jaxlm.config import ModelConfig
+from jaxlm.model.blocks import matrix_init
 from jaxlm.model.weights import TABLE, path_of
 from jaxlm.presets import PRESETS, preset
 
@@ -65,31 +66,30 @@ def test_each_dimension_has_a_logical_axis(name, parameter_shapes):
 
 @pytest.fixture(scope="module")
 def fresh() -> Any:
-    """Parameters of a gpt2-like and of a nano-like model, wide enough for statistics."""
+    """A gpt2-like model, wide enough for statistics, with a head of its own that starts at zero; and how it is made."""
+    cfg = preset(
+        "gpt2", vocab_size=64, n_layers=2, d_model=64, n_heads=4, max_seq_len=32, tie_embeddings=False,
+        zero_init_head=True,
+    )  # fmt: skip
     make = jax.jit(model.init)
-    shape: Any = {"vocab_size": 64, "n_layers": 2, "d_model": 64, "n_heads": 4, "max_seq_len": 32}
-    configs = {"gpt2": preset("gpt2", **shape), "nano": preset("nano", **shape)}
-    made = {name: jax.device_get(make(cfg, jax.random.key(1))) for name, cfg in configs.items()}
-    return {name: (configs[name], make, made[name]) for name in configs}
+    return jax.device_get(make(cfg, jax.random.key(1))), lambda seed: make(cfg, jax.random.key(seed))
 
 
 def test_init_is_deterministic_and_depends_on_the_key(fresh):
-    cfg, make, first = fresh["gpt2"]
-    again, other = make(cfg, jax.random.key(1)), make(cfg, jax.random.key(2))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert not (first["embed"]["tokens"] == other["embed"]["tokens"]).any()
+    first, make = fresh
+    jax.tree.map(np.testing.assert_array_equal, first, make(1))
+    assert not (first["embed"]["tokens"] == make(2)["embed"]["tokens"]).any()
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(first))
 
 
 def test_layers_start_different(fresh):
-    _, _, params = fresh["gpt2"]
-    kernel = np.asarray(params["blocks"]["attn"]["q"]["kernel"])
+    kernel = fresh[0]["blocks"]["attn"]["q"]["kernel"]
     assert not (kernel[0] == kernel[1]).any()
 
 
 def test_initial_spread_is_that_of_gpt2(fresh):
     """Radford et al. 2019, section 2.3: 0.02, and 0.02 / sqrt(2 L) for what writes to the residual stream."""
-    _, _, params = fresh["gpt2"]
+    params, _ = fresh
     block = params["blocks"]
     for kernel in (params["embed"]["tokens"], block["attn"]["q"]["kernel"], block["mlp"]["up"]["kernel"]):
         assert np.std(kernel) == pytest.approx(0.02, rel=0.06)
@@ -98,11 +98,13 @@ def test_initial_spread_is_that_of_gpt2(fresh):
     assert (block["norm1"]["scale"] == 1).all()
     for bias in (block["attn"]["q"]["bias"], block["mlp"]["up"]["bias"], params["final_norm"]["bias"]):
         assert (bias == 0).all()
+    assert (params["head"]["kernel"] == 0).all()
 
 
-def test_fan_in_and_zero_starts(fresh):
-    _, _, params = fresh["nano"]
-    assert np.std(params["blocks"]["attn"]["q"]["kernel"]) == pytest.approx(64**-0.5, rel=0.06)
-    assert np.std(params["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(64**-0.5, rel=0.06)
-    for zero in (params["blocks"]["attn"]["o"], params["blocks"]["mlp"]["down"], params["head"]):
-        assert (zero["kernel"] == 0).all()
+def test_fan_in_and_zero_starts():
+    cfg = preset("nano", n_layers=8)
+    key = jax.random.key(0)
+    assert np.std(matrix_init(cfg, 400)(key, (64, 64))) == pytest.approx(1 / 20, rel=0.06)
+    assert (matrix_init(cfg, 400, output=True)(key, (64, 64)) == 0).all()
+    cfg = cfg.replace(zero_init_out=False)
+    assert np.std(matrix_init(cfg, 400, output=True)(key, (64, 64))) == pytest.approx(1 / 80, rel=0.06)
