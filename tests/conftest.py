@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +108,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     from jaxlm.stages import evaluate, tokenize_sft
 
     with pytest.MonkeyPatch.context() as patch:
+        # Threads instead of processes, for a few dozen questions.
+        patch.setattr(tokenize_sft, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
         patch.setattr(tokenize_sft, "N_VAL", 20)
         patch.setattr(tokenize_sft, "N_TEST", 30)
         patch.setattr(evaluate, "N_KNOWN", 60)

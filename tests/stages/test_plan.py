@@ -252,10 +252,10 @@ def test_until_takes_what_a_stage_needs():
 
 
 GOLDEN = {
-    "download": "2e6b7f2855e3",
-    "tokenize": "17d05ff1c60f",
-    "tokenize_sft": "eedc6bed8ce5",
-    "pretrain": "37685e8b6cae",
-    "sft": "8f6a3087307f",
-    "evaluate": "c7d39da62b86",
+    "download": "4b8e3768cbd6",
+    "tokenize": "0544262db940",
+    "tokenize_sft": "95ddd7c3f51f",
+    "pretrain": "7b44e2fd7d07",
+    "sft": "5f2638dd79a4",
+    "evaluate": "bb71aa044fd0",
 }
