@@ -2,8 +2,8 @@
 
 The peer is the shape and the budget of nanoGPT's CPU recipe (4 layers, 4 heads, D=128, windows of 64, batches of 12,
 2000 steps of AdamW, no dropout): GPT-2 blocks without biases, written here from that description. Its time for all
-steps is its median step, measured in turn with ours so that a drift of the machine's speed hits both, times 2000. Ours is
-`configs/shakespeare_char.yaml` from process start to the evaluated model, all of it.
+steps is its median step, measured before and after ours so that a drift of the machine's speed shows, times 2000.
+Ours is the pretrain stage of `configs/shakespeare_char.yaml`, from process start to its last checkpoint.
 
 Usage (needs the `bench` extra, and shakespeare in the download cache or JAXLM_MIRROR):
 

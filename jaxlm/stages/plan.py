@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from jaxlm._digests import MANIFEST as CHECKPOINT_MANIFEST
 from jaxlm.config import Frozen, RunConfig
-from jaxlm.data.storyworld import WORLDS
 from jaxlm.errors import InputError
 from jaxlm.stages.runs import resolve
 from jaxlm.stages.spec import ID_LENGTH, Spec
@@ -181,6 +180,8 @@ def _evaluate(cfg: RunConfig) -> Settings:
 
 def _world(name: str) -> str:
     """What a story world is made of: tuning its words or probabilities makes the stories anew."""
+    from jaxlm.data.storyworld import WORLDS  # numpy comes with it, which the frame of a stage does without
+
     return hashlib.sha256(repr(WORLDS[name]).encode()).hexdigest()[:ID_LENGTH]
 
 

@@ -79,9 +79,9 @@ def test_scan_over_layers_and_remat_equal_unrolled_layers(cfg, weights, tokens):
 
 
 @pytest.mark.slow
-def test_scan_and_remat_have_the_gradients_of_unrolled_layers(cfg, weights, tokens):
-    if cfg.kind == "bigram":
-        pytest.skip("a bigram has no layers to scan")
+@pytest.mark.parametrize("name", ["nano", "lesson_sinusoidal"])
+def test_scan_and_remat_have_the_gradients_of_unrolled_layers(models, name, weights, tokens):
+    cfg = models[name]
 
     @jax.jit
     def grads(cfg, params):
