@@ -34,8 +34,9 @@ _LESSON = dict(
 
 # What trains fastest at small sizes on a CPU: docs/recipe.md has the ablation.
 _SPEED = dict(
-    norm="rms", norm_scale=False, position="rotary", mlp="relu2", qk_norm=True, embed_mix=4,
-    tie_embeddings=False, zero_init_out=True, zero_init_head=True, logit_softcap=15.0, init_scheme="fan_in",
+    norm="rms", norm_scale=False, position="rotary", mlp="relu2", qk_norm=True, embed_mix=4, key_offset=True,
+    tie_qk_init=True, tie_embeddings=False, zero_init_out=True, zero_init_head=True, logit_softcap=15.0,
+    init_scheme="fan_in",
 )  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {

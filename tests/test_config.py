@@ -154,6 +154,7 @@ def test_several_problems_are_named_at_once():
         (ModelConfig, {"d_model": 9, "n_heads": 3, "position": "sinusoidal"}, ["even d_model", "9"]),
         (ModelConfig, {"norm": "rms", "norm_bias": True}, ["norm_bias"]),
         (ModelConfig, {"zero_init_head": True, "tie_embeddings": True}, ["zero_init_head", "tie_embeddings"]),
+        (ModelConfig, {"tie_qk_init": True, "n_heads": 4, "n_kv_heads": 2}, ["tie_qk_init", "n_kv_heads=2"]),
         (ModelConfig, {"position": "learned", "rope_scaling": {}}, ["rope_scaling", "rotary"]),
         (RopeScaling, {"low_freq_factor": 4.0, "high_freq_factor": 4.0}, ["high_freq_factor", "low_freq_factor"]),
         (TrainOptions, {"steps": 10, "warmup_steps": 10}, ["warmup_steps=10", "steps=10"]),

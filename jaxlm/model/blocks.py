@@ -28,12 +28,14 @@ class Context(NamedTuple):
     Attributes:
         mask: bool[1 or B, T, S].
         rotary: cosines and sines, each float32[B, 1, T, h/2], or None.
+        linked: bool[B or 1, T], True where the token before is of the same document, or None with a cache.
         length: int32[B], tokens held in the cache before this call, or None without a cache.
         dropout_key: a key for this block, or None when dropout is off.
     """
 
     mask: jax.Array
     rotary: tuple[jax.Array, jax.Array] | None
+    linked: jax.Array | None
     length: jax.Array | None
     dropout_key: jax.Array | None
 
@@ -104,7 +106,13 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over x [B, T, D]; with cached keys and values when given."""
+    """Self-attention over x [B, T, D]; with cached keys and values when given.
+
+    With `key_offset` the key of each token is that of the token before it (zero at a document's start): what matches a
+    query then hands over what *followed* the match. So one layer can look up where two are needed otherwise, one to
+    copy each token's predecessor and one to find it (Olsson et al., In-context learning and induction heads, arXiv
+    2209.11895).
+    """
 
     cfg: ModelConfig
 
@@ -129,11 +137,16 @@ class Attention(nn.Module):
                 q, k = rotate(q, *ctx.rotary), rotate(k, *ctx.rotary)
         if cached is not None:
             assert ctx.length is not None
+            # With key_offset place s of the cache holds the key of token s - 1; place 0 is never written, so zero.
             cached = (
-                kv_cache.write(cached[0], k.swapaxes(1, 2), ctx.length),
+                kv_cache.write(cached[0], k.swapaxes(1, 2), ctx.length + int(cfg.key_offset)),
                 kv_cache.write(cached[1], v.swapaxes(1, 2), ctx.length),
             )
             k, v = cached[0].swapaxes(1, 2).astype(q.dtype), cached[1].swapaxes(1, 2).astype(q.dtype)
+        elif cfg.key_offset:
+            assert ctx.linked is not None
+            before = jnp.pad(k, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :t]
+            k = jnp.where(ctx.linked[:, None, :, None], before, 0)
         with jax.named_scope("attend"):
             y = attend(q, k, v, ctx.mask)
         self.sow("intermediates", "out", y)

@@ -88,7 +88,9 @@ def boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
             group, _, leaf = name.partition("_")
             params.setdefault(group, {})[leaf] = weight
 
-    ctx = Context(mask=jnp.ones((1, 1, 1), bool), rotary=None, length=None, dropout_key=None)
+    ctx = Context(
+        mask=jnp.ones((1, 1, 1), bool), rotary=None, linked=jnp.zeros((1, 1), bool), length=None, dropout_key=None
+    )
     dummy = jnp.zeros((1, 1, cfg.d_model))
 
     def one_block(block_key: jax.Array) -> Params:
@@ -96,6 +98,8 @@ def boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
 
     shapes = jax.eval_shape(lambda: Block(cfg).init(blocks_key, dummy, ctx)["params"])
     stacked = jax.vmap(one_block)(jax.random.split(blocks_key, cfg.n_layers))
+    if cfg.tie_qk_init:
+        stacked["attn"]["k"] = jax.tree.map(jnp.copy, stacked["attn"]["q"])
     params["blocks"] = jax.tree.map(
         lambda box, value: nn.LogicallyPartitioned(value, ("layers", *box.names)),
         shapes,
@@ -173,7 +177,8 @@ def forward(
 
     mask = training_mask(t, segment_ids) if cache is None else cache_mask(cache.length, t, cache.capacity)
     rotary = rotary_tables(cfg, positions) if cfg.position == "rotary" else None
-    ctx = Context(mask, rotary, None if cache is None else cache.length, None)
+    linked = _linked(positions, segment_ids, 1)[0] if cfg.key_offset and cache is None else None
+    ctx = Context(mask, rotary, linked, None if cache is None else cache.length, None)
     x, cache = _blocks(cfg, params["blocks"], x, ctx, cache, layer_keys)
     cache = None if cache is None else cache._replace(tokens=history)
     if cfg.final_norm:
@@ -228,17 +233,23 @@ def _earlier(
         # Shifting x, not gathering again: the gradient of a gather is a slow scatter.
         padded = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
         shifted = jnp.stack([padded[:, reach - j : reach - j + t] for j in range(1, reach + 1)])
-        exists = jnp.stack([positions >= j for j in range(1, reach + 1)])
-        if segment_ids is not None:
-            ids = jnp.pad(segment_ids, ((0, 0), (reach, 0)), mode="edge")
-            exists &= jnp.stack([ids[:, reach - j : reach - j + t] == segment_ids for j in range(1, reach + 1)])
-        return jnp.where(exists[..., None], shifted, 0), None
+        return jnp.where(_linked(positions, segment_ids, reach)[..., None], shifted, 0), None
     assert cache.tokens is not None  # init_cache makes it for such a model
     history = write_tokens(cache.tokens, tokens, cache.length)
     places = cache.length[:, None] + jnp.arange(t)[None, :]
     back = jnp.stack([places - j for j in range(1, reach + 1)])
     ids = history[jnp.arange(tokens.shape[0])[None, :, None], jnp.maximum(back, 0)]
     return jnp.where((back >= 0)[..., None], table[ids], 0), history
+
+
+def _linked(positions: jax.Array, segment_ids: jax.Array | None, reach: int) -> jax.Array:
+    """bool[reach, B, T]: whether the tokens 1 .. reach places back are there and of the same document."""
+    t = positions.shape[1]
+    linked = jnp.stack([positions >= j for j in range(1, reach + 1)])
+    if segment_ids is None:
+        return linked
+    ids = jnp.pad(segment_ids, ((0, 0), (reach, 0)), mode="edge")
+    return linked & jnp.stack([ids[:, reach - j : reach - j + t] == segment_ids for j in range(1, reach + 1)])
 
 
 def _blocks(

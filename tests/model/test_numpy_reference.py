@@ -62,7 +62,10 @@ def turned(x, theta, frequencies=None):
 
 
 def heads_of(cfg, p, x, turn=lambda y: y, norm=lambda y, name: y):
-    """Every query head attends to the key head of its group; outputs side by side, [T, H h]."""
+    """Every query head attends to the key head of its group; outputs side by side, [T, H h].
+
+    With `key_offset` each token is found by the key of the token before it, the first by zeros.
+    """
     h, group = cfg.d_head, cfg.n_heads // cfg.kv_heads
 
     def project(name):
@@ -73,7 +76,10 @@ def heads_of(cfg, p, x, turn=lambda y: y, norm=lambda y, name: y):
     for i in range(cfg.n_heads):
         j = i // group
         qi, kj, vj = q[:, i * h : (i + 1) * h], k[:, j * h : (j + 1) * h], v[:, j * h : (j + 1) * h]
-        outs.append(causal_attention(turn(norm(qi, "q_norm")), turn(norm(kj, "k_norm")), vj))
+        kj = turn(norm(kj, "k_norm"))
+        if cfg.key_offset:
+            kj = np.concatenate([np.zeros_like(kj[:1]), kj[:-1]])
+        outs.append(causal_attention(turn(norm(qi, "q_norm")), kj, vj))
     return np.concatenate(outs, -1)
 
 

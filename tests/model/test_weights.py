@@ -108,3 +108,12 @@ def test_fan_in_and_zero_starts():
     assert (matrix_init(cfg, 400, output=True)(key, (64, 64)) == 0).all()
     cfg = cfg.replace(zero_init_out=False)
     assert np.std(matrix_init(cfg, 400, output=True)(key, (64, 64))) == pytest.approx(1 / 80, rel=0.06)
+
+
+def test_keys_may_start_as_the_queries(fresh):
+    assert (fresh[0]["blocks"]["attn"]["q"]["kernel"] != fresh[0]["blocks"]["attn"]["k"]["kernel"]).any()
+    cfg = preset("nano", vocab_size=8, n_layers=2, d_model=16, n_heads=2)
+    assert cfg.tie_qk_init
+    attn = model.init(cfg, jax.random.key(0))["blocks"]["attn"]
+    np.testing.assert_array_equal(attn["q"]["kernel"], attn["k"]["kernel"])
+    assert (attn["q"]["kernel"] != attn["v"]["kernel"]).any()

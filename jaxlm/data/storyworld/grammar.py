@@ -151,10 +151,10 @@ def _arrive(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
 
 
 def _own(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """The person just introduced has a new thing, of a colour of its own."""
+    """The person just introduced has a new thing, of any colour."""
     who = choose("who", (state.people[-1],))
-    colour = choose("colour", _but(world.colours, *state.colours))
     thing = choose("thing", _but(world.things, *state.things))
+    colour = choose("colour", world.colours)
     after = state._replace(
         things=(*state.things, thing),
         colours=(*state.colours, colour),
@@ -192,18 +192,6 @@ def _with_place(state: State, place: str) -> tuple[str, ...]:
     return state.places if place in state.places else (*state.places, place)
 
 
-def _join(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """Anyone goes to where someone else is."""
-    who = choose("who", state.people)
-    here = state.place(who)
-    other = choose("other", [person for person in state.people if state.place(person) != here])
-    place = choose("place", (state.place(other),))
-    after = _said(state, ("where", who), ("where", other))
-    return {"who": who, "other": other, "place": place}, after._replace(
-        at=_put(state.at, state.people.index(who), place)
-    )
-
-
 def _give(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     """Any thing goes from its holder to anyone else."""
     thing = choose("thing", state.things)
@@ -213,22 +201,11 @@ def _give(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     return {"thing": thing, "who": who, "other": other}, _said(state, ("with", thing))._replace(holders=holders)
 
 
-def _trade(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """Any thing is exchanged for any thing of someone else."""
-    thing = choose("thing", state.things)
-    who = choose("who", (state.holder(thing),))
-    second = choose("second", [each for each in state.things if state.holder(each) != who])
-    other = choose("other", (state.holder(second),))
-    holders = _put(_put(state.holders, state.things.index(thing), other), state.things.index(second), who)
-    after = _said(state, ("with", thing), ("with", second))._replace(holders=holders)
-    return {"thing": thing, "who": who, "second": second, "other": other}, after
-
-
 def _paint(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """The holder of any thing gives it a colour that no thing has."""
+    """The holder of any thing gives it another colour."""
     thing = choose("thing", state.things)
     who = choose("who", (state.holder(thing),))
-    colour = choose("colour", _but(world.colours, *state.colours))
+    colour = choose("colour", _but(world.colours, state.colour(thing)))
     colours = _put(state.colours, state.things.index(thing), colour)
     after = _said(state, ("hue", thing), ("with", thing))._replace(colours=colours)
     return {"thing": thing, "who": who, "colour": colour}, after
@@ -279,10 +256,12 @@ def _hue(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
 
 
 def _found(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """The place of a thing is its holder's: two steps."""
+    """The place of a thing is its holder's: two steps, of which the sentence says both."""
     thing = choose("thing", _untold(state, "found", state.things))
-    place = choose("place", (state.place(state.holder(thing)),))
-    return {"thing": thing, "place": place}, _said(state, ("found", thing))
+    who = choose("who", (state.holder(thing),))
+    place = choose("place", (state.place(who),))
+    after = _said(state, ("found", thing), ("with", thing), ("where", who))
+    return {"thing": thing, "who": who, "place": place}, after
 
 
 def _felt(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
@@ -300,18 +279,15 @@ def _moody(state: State) -> Sequence[str]:
 
 KINDS: dict[str, Kind] = {
     "dawn": _dawn, "arrive": _arrive, "own": _own,
-    "move": _move, "join": _join, "give": _give, "trade": _trade, "paint": _paint, "feel": _feel, "turn": _turn,
-    "act": _act, "greet": _greet,
+    "move": _move, "give": _give, "paint": _paint, "feel": _feel, "turn": _turn, "act": _act, "greet": _greet,
     "where": _where, "with": _with, "had": _with, "hue": _hue, "found": _found, "felt": _felt, "sky": _sky,
 }  # fmt: skip
-EVENTS = ("move", "join", "give", "trade", "paint", "feel", "turn")
+EVENTS = ("move", "give", "paint", "feel", "turn")
 RECAPS = ("where", "with", "had", "hue", "found", "felt", "sky")
 
 # Kinds that are not always possible.
 _POSSIBLE: dict[str, Callable[[State], bool]] = {
-    "join": lambda state: len(set(state.at)) > 1,
     "give": lambda state: bool(state.things) and len(state.people) > 1,
-    "trade": lambda state: len(set(state.holders)) > 1,
     "paint": lambda state: bool(state.things),
     "greet": lambda state: len(state.people) > 1,
     "where": lambda state: bool(_untold(state, "where", state.people)),

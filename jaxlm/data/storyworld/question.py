@@ -32,19 +32,23 @@ class Question(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """A type of question: its wording, that of its answer, and what it may be asked about."""
+    """A type of question: its wording, that of its answer, and what it may be asked about.
+
+    In the wordings {0} is the subject asked about, {1} the value that answers, {2} what `also` says of the subject.
+    """
 
     ask: str
     answer: str
     subjects: Callable[[State], Sequence[str]]
     truth: Callable[[State, str], str]
     options: str  # the class of words that answer it
+    also: Callable[[State, str], str] = lambda state, subject: ""
 
 
 FORMS: dict[str, _Form] = {
     "where": _Form("Where was {0}?", "{0} was in the {1}.", lambda s: s.people, State.place, "places"),
-    "with": _Form("Who was the {0} with?", "The {0} was with {1}.", lambda s: s.things, State.holder, "names"),
-    "hue": _Form("What colour was the {0}?", "The {0} was still {1}.", lambda s: s.things, State.colour, "colours"),
+    "with": _Form("Who did the {0} belong to?", "The {0} belonged to {1}.", lambda s: s.things, State.holder, "names"),
+    "hue": _Form("How did the {0} look?", "The {0} still looked {1}.", lambda s: s.things, State.colour, "colours"),
     "had": _Form(
         "What did {0} have?",
         "{0} had the {1}.",
@@ -54,13 +58,18 @@ FORMS: dict[str, _Form] = {
     ),
     "found": _Form(
         "Where was the {0}?",
-        "The {0} was in the {1}.",
+        "The {0} belonged to {2} over in the {1}.",
         lambda s: s.things,
         lambda s, thing: s.place(s.holder(thing)),
         "places",
+        State.holder,
     ),
     "felt": _Form(
-        "How did {0} feel?", "{0} felt {1}.", lambda s: [who for who in s.people if s.mood(who)], State.mood, "moods"
+        "How did {0} feel?",
+        "{0} still felt {1}.",
+        lambda s: [who for who in s.people if s.mood(who)],
+        State.mood,
+        "moods",
     ),
 }
 
@@ -102,12 +111,13 @@ def _question(world: World, rng: random.Random, kind: str, story: str, state: St
     truth = form.truth(state, subject)
     if truth == mentions[-1] and rng.random() >= world.keep_last:
         return None
+    also = form.also(state, subject)
     return Question(
         kind,
         story,
         f"{story} Question: {form.ask.format(subject)}",
-        form.answer.format(subject, truth),
-        tuple(form.answer.format(subject, option) for option in options),
+        form.answer.format(subject, truth, also),
+        tuple(form.answer.format(subject, option, also) for option in options),
     )
 
 
