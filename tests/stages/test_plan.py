@@ -252,10 +252,10 @@ def test_until_takes_what_a_stage_needs():
 
 
 GOLDEN = {
-    "download": "4b8e3768cbd6",
-    "tokenize": "0544262db940",
-    "tokenize_sft": "95ddd7c3f51f",
-    "pretrain": "7b44e2fd7d07",
-    "sft": "5f2638dd79a4",
-    "evaluate": "bb71aa044fd0",
+    "download": "6ec224d92a53",
+    "tokenize": "2227912ab2cb",
+    "tokenize_sft": "36d3b8adfeae",
+    "pretrain": "e6e34dad9e07",
+    "sft": "bbc382a5482a",
+    "evaluate": "3cf916a75ad4",
 }

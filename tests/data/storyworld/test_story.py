@@ -37,15 +37,15 @@ def test_probability_of_a_story_by_hand() -> None:
     # Two people, so that every factor can be written down. The world ends after one sentence that is no introduction.
     world = replace(WORLDS["small"], n_people=2, arrive=(0.5, 1.0), max_places=3, ending=(0.25, 1.0))
     text = (
-        "Anna lived in the garden. Anna had a lamp that was red. Ben lived in the barn. Ben had a hat that was blue. "
-        "Anna ran to the barn."
+        "Anna lived in the garden. A lamp belonged to Anna; the lamp first looked red. Ben lived in the barn. "
+        "A hat belonged to Ben; the hat first looked red. Anna ran to the barn."
     )
     names, places, things, colours = map(len, (world.names, world.places, world.things, world.colours))
     by_hand = math.log(
         (1 / names) * (1 / places)  # Anna, the garden
-        * (1 / colours) * (1 / things)  # she must own something: two things are asked for
+        * (1 / things) * (1 / colours)  # she must own something: two things are asked for
         * 0.5 * (1 / (names - 1)) * (0.5 / (places - 1))  # Ben arrives at once, in a new place: the barn
-        * (1 / (colours - 1)) * (1 / (things - 1))
+        * (1 / (things - 1)) * (1 / colours)  # another thing, any colour
         * 0.75  # the story goes on
         * 0.15  # a move: the weights of the small world's kinds sum to 1, and all are possible
         * (1 / 2) * (1 - 0.2)  # Anna or Ben; the one other place of the story rather than a new one
@@ -134,9 +134,9 @@ def test_stories_are_a_function_of_seed_split_and_index(world: World) -> None:
 def test_golden_first_story() -> None:
     # Changes only when the worlds or the drawing change: then raise the VERSION of the stage that tells the stories.
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["small"], 0, "train", 20)).encode()).hexdigest()
-    assert digest[:16] == "1cda664ca3c1257b"
+    assert digest[:16] == "b173dd7155faefc2"
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["rich"], 0, "train", 20)).encode()).hexdigest()
-    assert digest[:16] == "c13833bed9b8088f"
+    assert digest[:16] == "01dbfb527f35afe6"
 
 
 def test_splits_share_no_story_and_have_their_share(world: World, told: list[Story]) -> None:
@@ -161,9 +161,10 @@ def test_training_stories_do_not_repeat(told: list[Story]) -> None:
 
 
 _STORY = (
-    "Anna lived in the garden. Anna had a lamp that was red. Ben lived in the barn. Ben had a hat that was blue. "
-    "Clara lived in the mill. Clara had a kite that was green. Anna ran to the barn. Anna handed the lamp over to Ben. "
-    "The hat was still blue. The lamp was with Ben. Anna was in the barn. Ben had the lamp."
+    "Anna lived in the garden. A lamp belonged to Anna; the lamp first looked red. Ben lived in the barn. "
+    "A hat belonged to Ben; the hat first looked blue. Clara lived in the mill. "
+    "A kite belonged to Clara; the kite first looked red. Anna ran to the barn. Anna handed the lamp over to Ben. "
+    "The hat still looked blue. The lamp belonged to Ben. Anna was in the barn. Ben had the lamp."
 )
 
 
@@ -171,17 +172,18 @@ _STORY = (
     ("old", "new", "named"),
     [
         ("Anna was in the barn.", "Anna was in the garden.", "sentence 11 .*'Anna was in the garden.'"),
-        ("The lamp was with Ben.", "The lamp was with Anna.", "sentence 10 .*'The lamp was with Anna.'"),
-        ("The hat was still blue.", "The hat was still red.", "sentence 9 .*'The hat was still red.'"),
+        ("The lamp belonged to Ben.", "The lamp belonged to Anna.", "sentence 10 .*'The lamp belonged to Anna.'"),
+        ("The hat still looked blue.", "The hat still looked red.", "sentence 9 .*'The hat still looked red.'"),
         ("Anna handed the lamp", "Anna handed the hat", "sentence 8 .*'Anna handed the hat over to Ben.'"),
         ("Anna ran to the barn.", "Anna ran to the garden.", "sentence 7 .*'Anna ran to the garden.'"),
         ("Anna ran to", "She ran to", "sentence 7 .*'She ran to the barn.'"),
         ("Anna ran to", "Anna flew to", "sentence 7 .*'Anna flew to the barn.'"),
-        ("Clara lived in the mill. ", "", "sentence 5 .*'Clara had a kite that was green.'"),
-        ("The hat was still blue. ", "The lamp was with Ben. ", "sentence 9 .*'The lamp was with Ben.'"),  # just told
-        (" The lamp was with Ben. Anna was in the barn. Ben had the lamp.", "", "stops after sentence 9"),
+        ("the kite first", "the lamp first", "sentence 6 .*'A kite belonged to Clara; the lamp first looked red.'"),
+        ("Clara lived in the mill. ", "", "sentence 5 .*'A kite belonged to Clara; the kite first looked red.'"),
+        ("The hat still looked blue. ", "The lamp belonged to Ben. ", "sentence 9 .*'The lamp .* Ben.'"),  # just told
+        (" The lamp belonged to Ben. Anna was in the barn. Ben had the lamp.", "", "stops after sentence 9"),
         ("Ben had the lamp.", "Ben had the lamp", "sentence 12 .*'Ben had the lamp'"),
-        ("still blue. ", "still blue.", "sentence 9 .*'The hat was still blue.The lamp was with Ben.'"),
+        ("looked blue. The", "looked blue.The", "sentence 9 .*'The hat still looked blue.The lamp belonged to Ben.'"),
     ],
 )
 def test_a_text_that_is_no_story_is_refused(old: str, new: str, named: str) -> None:
@@ -199,8 +201,9 @@ def test_no_text_at_all_is_refused() -> None:
 def test_pronouns_stand_for_the_last_subject_only() -> None:
     world = WORLDS["rich"]
     opening = (
-        "It was a sunny day. Anna lived in the garden. She had a red lamp. Ben lived in the barn. He had a blue hat. "
-        "Clara lived in the mill. She had a green kite. Leo lived in the cave."
+        "That day it was sunny. Anna lived in the garden. A lamp belonged to Anna; the lamp first looked red. "
+        "Ben lived in the barn. A hat belonged to Ben; the hat first looked blue. Clara lived in the mill. "
+        "A kite belonged to Clara; the kite first looked green. Leo lived in the cave."
     )
     state = State()
     for sentence in sentences_of(opening):
@@ -220,9 +223,9 @@ def test_pronouns_stand_for_the_last_subject_only() -> None:
     assert after("Anna went to the mill.", "She had the lamp.")
     assert not after("Anna went to the mill.", "He had the hat.")
     assert not after("Anna went to the mill.", "She had the kite.")  # she is Anna, Clara has it
-    assert after("Anna gave the lamp to Ben.", "She went to the mill.")
-    assert not after("Anna gave the lamp to Clara.", "She went to the mill.")  # which of them?
-    assert not after("The lamp was with Anna.", "She went to the mill.")
+    assert after("Anna gave the lamp away to Ben.", "She went to the mill.")
+    assert not after("Anna gave the lamp away to Clara.", "She went to the mill.")  # which of them?
+    assert not after("The lamp belonged to Anna.", "She went to the mill.")
     assert not after("Anna went to the mill.", "Then She went to the cave.")
 
 
@@ -239,18 +242,19 @@ def test_words(world: World, told: list[Story]) -> None:
     assert used <= set(vocabulary(world))
     assert not used & {"Question", "Answer", ":", "?"}
     # Counted by hand. Words of classes: 16 + 16 + 16 + 8 + 8 in the small world; 32 + 28 + 32 + 12 + 20 + 10 + 8 + 5
-    # and two pronouns in the rich. Fixed words and marks, those of questions and "Answer:" included: 31 and 52.
-    assert len(vocabulary(world)) == {"small": 64 + 31, "rich": 149 + 52}[world.name]
+    # and two pronouns in the rich. Fixed words and marks, those of questions and "Answer:" included: 35 and 59.
+    assert len(vocabulary(world)) == {"small": 64 + 35, "rich": 149 + 59}[world.name]
     for story in told[:200]:
         assert "\n" not in story.text
         assert not re.search(r"\ba [aeiou]", story.text)
-        assert all(re.fullmatch(r"[A-Z][a-z]+( [A-Za-z]+)*\.", sentence) for sentence in sentences_of(story.text))
+        assert all(re.fullmatch(r"([A-Z][a-z]+|A)( [A-Za-z]+;?)*\.", sentence) for sentence in sentences_of(story.text))
 
 
 def test_length_is_bounded(world: World, told: list[Story]) -> None:
-    # A question and its answer ("Question: What colour was the lamp? Answer: The lamp was still green.") add at most 16
-    # tokens and the two ends 2, so that a row of 128 (small) or 256 (rich) holds the whole.
-    assert world.max_tokens + 16 + 2 <= {"small": 128, "rich": 256}[world.name]
+    # A question and its answer ("Question: Who did the rope belong to? Answer: The rope belonged to Anna.", and in the
+    # rich world "Where was the rope?", "The rope belonged to Anna over in the barn.") add at most 17 and 19 tokens, the
+    # two ends 2: so that 144 (small) or 288 (rich) places hold the whole.
+    assert world.max_tokens + {"small": 17 + 2, "rich": 19 + 2}[world.name] <= {"small": 144, "rich": 288}[world.name]
     lengths = [len(words_of(story.text)) for story in told]
     assert max(lengths) <= world.max_tokens
     assert max(lengths) - min(lengths) > 20
