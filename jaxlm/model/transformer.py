@@ -265,7 +265,8 @@ def _blocks(
 
     run = jax.checkpoint(run) if cfg.remat else run
     t = x.shape[1]
-    if cfg.scan_layers and not isinstance(blocks, tuple):
+    layer_by_layer = isinstance(blocks, tuple) or (cache is not None and isinstance(cache.k, tuple))
+    if cfg.scan_layers and not layer_by_layer:
         keys = None if layer_keys is None else jnp.stack(layer_keys)
         held = None if cache is None else (cache.k, cache.v)
         x, held = jax.lax.scan(lambda x, layer: run(x, *layer), x, (blocks, held, keys))

@@ -91,6 +91,7 @@ _FREE = {
     "remat",
     "init_std",
     "init_scheme",
+    "tie_qk_init",
     "zero_init_out",
     "zero_init_head",
 }

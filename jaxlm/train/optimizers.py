@@ -48,6 +48,15 @@ def build(cfg: TrainOptions) -> optax.GradientTransformation:
     return rule
 
 
+def updates_done(opt_state: Any) -> jax.Array:
+    """int32[]: how many updates the optimizer has made, which is what its schedules go by.
+
+    It falls behind the step where steps are skipped, and starts ahead of it where the state comes from another training.
+    """
+    count: jax.Array = optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]  # all of them are equal
+    return count
+
+
 def _muon_dims(params: Any) -> Any:
     def dims(path: Any, _: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         matrix = weight(path_of(path)).matrix

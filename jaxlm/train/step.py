@@ -50,7 +50,7 @@ def train_step(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[Train
         halted=halted,
         skipped=skipped,
     )
-    lr = cfg.learning_rate * schedules.shape(cfg)(state.step)
+    lr = cfg.learning_rate * schedules.shape(cfg)(optimizers.updates_done(state.opt_state))
     metrics = {
         "loss": loss, "tokens": tokens, "grad_norm": grad_norm, "lr": jnp.asarray(lr, jnp.float32),
         "finite": finite, "halted": halted, "skipped": skipped,

@@ -170,6 +170,10 @@ def test_scan_decodes_as_unrolled_layers_do(models, weights, tokens):
     scanned = decode(cfg.replace(scan_layers=True), weights(cfg), tokens[:, :4], cache)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TIGHT), scanned, plain)
     assert scanned[1].tokens is not None
+    apart = model.init_cache(cfg, 3, 7, stacked=False)  # a layer's array each: nothing to scan over
+    out, held = decode(cfg.replace(scan_layers=True), weights(cfg), tokens[:, :4], apart)
+    np.testing.assert_allclose(out, plain[0], **TIGHT)
+    assert isinstance(held.k, tuple)
 
 
 def test_writes_beyond_the_cache_are_dropped():

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from jaxlm.config import load
 from jaxlm.stages.spec import Spec
 
 FAKES = Path(__file__).parent / "fakes"
@@ -58,3 +60,10 @@ def alive():
         return state != "Z"
 
     return is_alive
+
+
+@pytest.fixture
+def letters(letters_run, tmp_path):
+    """letters(*overrides) -> the configuration of the letters run, in a root of its own with what that run made."""
+    shutil.copytree(letters_run.root / "store", tmp_path / "store", copy_function=shutil.copy2)
+    return lambda *overrides: load(letters_run.config, overrides).replace(root=str(tmp_path))

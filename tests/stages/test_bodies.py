@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint import dir_lock
 from jaxlm.config import TrainConfig, load
 from jaxlm.errors import DivergedError, InputError
 from jaxlm.metrics_log import history
 from jaxlm.stages import pretrain, saved
 from jaxlm.stages.plan import plan
-from jaxlm.stages.runner import run_chain, run_stage
-from jaxlm.stages.store import check, read_manifest, verify, write_spec
+from jaxlm.stages.runner import run_chain
+from jaxlm.stages.store import check, read_manifest, verify
 
 QUICK_COMPILE = True
 
@@ -33,13 +32,6 @@ def chain(cfg, last="pretrain"):
     """The manifest of `last`, and the stages that had to be run for it."""
     done = run_chain(cfg, last=last, echo=quiet)
     return done[-1][0], [manifest.stage for manifest, cached in done if not cached]
-
-
-@pytest.fixture
-def letters(letters_run, tmp_path):
-    """letters(*overrides) -> the configuration of the letters run, in a root of its own with what that run made."""
-    shutil.copytree(letters_run.root / "store", tmp_path / "store", copy_function=shutil.copy2)
-    return lambda *overrides: load(letters_run.config, overrides).replace(root=str(tmp_path))
 
 
 def flip_a_bit(directory: Path) -> Path:
@@ -272,99 +264,6 @@ def test_start_from_another_shape_tokenizer_or_optimizer_is_refused(letters_run,
     assert int(pretrain.start_from(free, 0, path, tokenizer, with_optimizer=False).step) == 0
 
 
-# Bad input: one sentence that names the file or field
-
-
-def sentence(cfg, last="pretrain") -> str:
-    with pytest.raises(InputError) as caught:
-        run_chain(cfg, last=last, echo=quiet)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "no such file"),
-        (b"", "empty"),
-        (b"  \n\n ", "empty"),
-        ("caf\u00e9 au lait".encode("latin-1"), "byte 3 (0xe9) is not UTF-8"),
-        (b"abc\0def", "byte 3 is NUL"),
-    ],
-)
-def test_bad_text_is_refused_by_name(letters, tmp_path, content, words):
-    file = tmp_path / "bad.txt"
-    if content is not None:
-        file.write_bytes(content)
-    found = sentence(letters(f"data.path={file}"))
-    assert str(file) in found
-    assert words in found
-
-
-def test_a_text_that_is_not_the_one_meant_is_refused(letters):
-    found = sentence(letters(f"data.sha256={'a' * 64}"))
-    assert "letters.txt" in found
-    assert "data.sha256 says aaaaaaaaaaaa" in found
-
-
-def test_a_corpus_shorter_than_one_window_is_refused(letters, tmp_path):
-    file = tmp_path / "short.txt"
-    file.write_text("abcdefghijkl" * 2)
-    found = sentence(letters(f"data.path={file}", "data.seq_len=30"))
-    assert "31 needed for one window of data.seq_len=30" in found
-    assert "found 21 tokens" in found  # nine tenths of 24
-
-
-def test_a_character_that_the_tokenizer_has_never_seen_is_refused(letters, tmp_path):
-    file = tmp_path / "new.txt"
-    file.write_text("abc " * 50 + "xyz!" * 5)  # the validation split has letters that the training split has not
-    assert "'x' (U+0078)" in sentence(letters(f"data.path={file}"))
-
-
-def test_a_missing_start_is_refused(letters, tmp_path):
-    assert "no such run, stage or directory" in sentence(letters(f"pretrain.init_from={tmp_path}/absent"))
-    (tmp_path / "empty").mkdir()
-    assert str(tmp_path / "empty") in sentence(letters(f"pretrain.init_from={tmp_path}/empty"))
-
-
-def test_a_start_of_another_tokenizer_is_refused(letters, tiny_run):
-    found = sentence(letters(f"pretrain.init_from={base_dir(tiny_run)}"))
-    assert f"init_from={base_dir(tiny_run)}: that model's tokenizer is not" in found
-
-
-def test_checkpoints_of_another_configuration_are_refused(letters, letters_run):
-    cfg = letters("train.learning_rate=0.2")
-    spec = next(spec for spec in plan(cfg) if spec.stage == "pretrain")
-    write_spec(spec)
-    theirs = base_dir(letters_run)
-    shutil.copytree(theirs / "checkpoints", spec.directory / "checkpoints")
-    found = sentence(cfg)
-    assert "checkpoints/12" in found
-    assert f"spec is '{theirs.name.partition('-')[2]}'" in found
-    assert f"'{spec.id}' is expected" in found
-    assert sorted(p.name for p in (spec.directory / "checkpoints").iterdir() if p.name.isdecimal()) == ["12", "8"]
-
-
-def test_a_directory_in_use_is_refused(letters):
-    spec = next(spec for spec in plan(letters("train.learning_rate=0.2")) if spec.stage == "pretrain")
-    write_spec(spec)
-    with dir_lock(spec.directory), pytest.raises(InputError, match=f"{spec.name} is in use by process") as caught:
-        run_stage(spec, launcher="inline", echo=quiet)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_training_that_diverges_names_the_step_and_the_last_good_checkpoint(letters):
-    """A rate of 1e37: the fourth loss overflows."""
-    cfg = letters("train.learning_rate=1e37", "train.checkpoint_every=1", "train.schedule=constant")
-    with pytest.raises(DivergedError) as caught:
-        run_chain(cfg, last="pretrain", echo=quiet)
-    spec = next(spec for spec in plan(cfg) if spec.stage == "pretrain")
-    assert "before the update of step 4: loss inf" in str(caught.value)
-    assert f"the last good checkpoint is step 3 in {spec.directory / 'checkpoints'}" in str(caught.value)
-    assert saved.load(spec.directory).step == 3
-    assert check(spec)[0] is None
-
-
 def test_skipped_steps_are_counted_and_the_run_ends_well(letters, monkeypatch):
     """Two steps are not finite, the last of all among them."""
     from jaxlm.train import loop, step
@@ -407,4 +306,5 @@ def test_fine_tuning_on_pairs_of_ones_own(letters, tmp_path, last):
     else:  # each of the two answers and the end of its text, in batches of two packed rows
         assert manifest.results["tokens"] > 0
     file.write_text(json.dumps(pairs[0]) + "\n")
-    assert str(file) in sentence(letters(*overrides), last="tokenize_sft")
+    with pytest.raises(InputError, match=re.escape(str(file))):
+        chain(letters(*overrides), last="tokenize_sft")

@@ -197,7 +197,7 @@ def test_a_gradient_that_overflows_halts_too(toy, random_params, batch):
 
 
 def test_skipping_goes_on_and_counts_and_ends(toy, random_params, batch):
-    cfg = toy(on_nonfinite="skip", max_skips=2)
+    cfg = toy(on_nonfinite="skip", max_skips=2, schedule="linear", steps=10, final_lr_ratio=0.0, learning_rate=1e-3)
     start = init_state(cfg, 0, params=random_params(cfg.model))
     state = start
     for n in (1, 2):
@@ -206,6 +206,7 @@ def test_skipping_goes_on_and_counts_and_ends(toy, random_params, batch):
         assert same((state.params, state.opt_state), (start.params, start.opt_state))
     state, metrics = step(cfg, state, batch)
     assert (int(state.step), int(state.skipped), bool(metrics["halted"])) == (3, 2, False)
+    assert metrics["lr"] == pytest.approx(1e-3)  # the rate of the first update that was made
     assert not same(state.params, start.params)
     last, metrics = step(cfg, state, poisoned(batch))  # the third, one more than max_skips
     assert (int(last.step), bool(metrics["halted"])) == (3, True)
