@@ -16,12 +16,13 @@ from jaxlm.data.storyworld.world import World
 class State(NamedTuple):
     """What is true after the sentences so far.
 
-    Tuples run in parallel: `people`, `at` and `moods`; `things`, `colours` and `holders`.
+    Tuples run in parallel: `people`, `at`, `moods` and `got`; `things`, `colours` and `holders`.
     """
 
     people: tuple[str, ...] = ()
     at: tuple[str, ...] = ()  # the place of each person
     moods: tuple[str, ...] = ()  # of each person; "" where none was told
+    got: tuple[str, ...] = ()  # the thing that came to each person last; "" where none did
     places: tuple[str, ...] = ()  # every place named so far
     things: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
@@ -44,6 +45,9 @@ class State(NamedTuple):
 
     def mood(self, who: str) -> str:
         return self.moods[self.people.index(who)]
+
+    def last_got(self, who: str) -> str:
+        return self.got[self.people.index(who)]
 
 
 class Choose(Protocol):
@@ -142,6 +146,7 @@ def _arrive(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
         people=(*state.people, who),
         at=(*state.at, place),
         moods=(*state.moods, ""),
+        got=(*state.got, ""),
         places=_with_place(state, place),
         told=(("where", who),),
         arrived=True,
@@ -159,7 +164,8 @@ def _own(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
         things=(*state.things, thing),
         colours=(*state.colours, colour),
         holders=(*state.holders, who),
-        told=(("with", thing), ("hue", thing)),
+        got=(*state.got[:-1], thing),
+        told=(("with", thing), ("hue", thing), ("got", who)),
         arrived=False,
     )
     return {"who": who, "colour": colour, "thing": thing}, after
@@ -198,7 +204,9 @@ def _give(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     who = choose("who", (state.holder(thing),))
     other = choose("other", _but(state.people, who))
     holders = _put(state.holders, state.things.index(thing), other)
-    return {"thing": thing, "who": who, "other": other}, _said(state, ("with", thing))._replace(holders=holders)
+    got = _put(state.got, state.people.index(other), thing)
+    after = _said(state, ("with", thing), ("got", other))._replace(holders=holders, got=got)
+    return {"thing": thing, "who": who, "other": other}, after
 
 
 def _paint(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
@@ -250,6 +258,12 @@ def _with(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     return {"thing": thing, "who": choose("who", (state.holder(thing),))}, _said(state, ("with", thing))
 
 
+def _got(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
+    """What came to someone last, whether they still have it or not."""
+    who = choose("who", _given(state))
+    return {"who": who, "thing": choose("thing", (state.last_got(who),))}, _said(state, ("got", who))
+
+
 def _hue(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     thing = choose("thing", _untold(state, "hue", state.things))
     return {"thing": thing, "colour": choose("colour", (state.colour(thing),))}, _said(state, ("hue", thing))
@@ -273,6 +287,10 @@ def _sky(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     return {"sky": choose("sky", (state.sky,))}, _said(state, ("sky", ""))
 
 
+def _given(state: State) -> Sequence[str]:
+    return _untold(state, "got", [who for who in state.people if state.last_got(who)])
+
+
 def _moody(state: State) -> Sequence[str]:
     return _untold(state, "felt", [who for who in state.people if state.mood(who)])
 
@@ -280,10 +298,10 @@ def _moody(state: State) -> Sequence[str]:
 KINDS: dict[str, Kind] = {
     "dawn": _dawn, "arrive": _arrive, "own": _own,
     "move": _move, "give": _give, "paint": _paint, "feel": _feel, "turn": _turn, "act": _act, "greet": _greet,
-    "where": _where, "with": _with, "had": _with, "hue": _hue, "found": _found, "felt": _felt, "sky": _sky,
+    "where": _where, "with": _with, "got": _got, "hue": _hue, "found": _found, "felt": _felt, "sky": _sky,
 }  # fmt: skip
 EVENTS = ("move", "give", "paint", "feel", "turn")
-RECAPS = ("where", "with", "had", "hue", "found", "felt", "sky")
+RECAPS = ("where", "with", "got", "hue", "found", "felt", "sky")
 
 # Kinds that are not always possible.
 _POSSIBLE: dict[str, Callable[[State], bool]] = {
@@ -292,7 +310,7 @@ _POSSIBLE: dict[str, Callable[[State], bool]] = {
     "greet": lambda state: len(state.people) > 1,
     "where": lambda state: bool(_untold(state, "where", state.people)),
     "with": lambda state: bool(_untold(state, "with", state.things)),
-    "had": lambda state: bool(_untold(state, "with", state.things)),
+    "got": lambda state: bool(_given(state)),
     "hue": lambda state: bool(_untold(state, "hue", state.things)),
     "found": lambda state: bool(_untold(state, "found", state.things)),
     "felt": lambda state: bool(_moody(state)),

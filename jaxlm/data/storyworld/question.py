@@ -49,16 +49,16 @@ FORMS: dict[str, _Form] = {
     "where": _Form("Where was {0}?", "{0} was in the {1}.", lambda s: s.people, State.place, "places"),
     "with": _Form("Who did the {0} belong to?", "The {0} belonged to {1}.", lambda s: s.things, State.holder, "names"),
     "hue": _Form("How did the {0} look?", "The {0} still looked {1}.", lambda s: s.things, State.colour, "colours"),
-    "had": _Form(
-        "What did {0} have?",
-        "{0} had the {1}.",
-        lambda s: [who for who in s.people if s.holders.count(who) == 1],
-        lambda s, who: s.things[s.holders.index(who)],
+    "got": _Form(
+        "What did {0} get last?",
+        "{0} last got the {1}.",
+        lambda s: [who for who in s.people if s.last_got(who)],
+        State.last_got,
         "things",
     ),
     "found": _Form(
         "Where was the {0}?",
-        "The {0} belonged to {2} over in the {1}.",
+        "The {0} stayed with {2} over in the {1}.",
         lambda s: s.things,
         lambda s, thing: s.place(s.holder(thing)),
         "places",
