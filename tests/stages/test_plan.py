@@ -252,10 +252,10 @@ def test_until_takes_what_a_stage_needs():
 
 
 GOLDEN = {
-    "download": "6ec224d92a53",
-    "tokenize": "2227912ab2cb",
-    "tokenize_sft": "36d3b8adfeae",
-    "pretrain": "e6e34dad9e07",
-    "sft": "bbc382a5482a",
-    "evaluate": "3cf916a75ad4",
+    "download": "ee2ff22cd381",
+    "tokenize": "6d0b3b2bc4c1",
+    "tokenize_sft": "4d9b011d17fa",
+    "pretrain": "572357ad9987",
+    "sft": "41baa6af6a77",
+    "evaluate": "6a857e78aa86",
 }

@@ -134,9 +134,9 @@ def test_stories_are_a_function_of_seed_split_and_index(world: World) -> None:
 def test_golden_first_story() -> None:
     # Changes only when the worlds or the drawing change: then raise the VERSION of the stage that tells the stories.
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["small"], 0, "train", 20)).encode()).hexdigest()
-    assert digest[:16] == "b173dd7155faefc2"
+    assert digest[:16] == "10b4a36672ed16bd"
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["rich"], 0, "train", 20)).encode()).hexdigest()
-    assert digest[:16] == "01dbfb527f35afe6"
+    assert digest[:16] == "48a7021bcfb9381d"
 
 
 def test_splits_share_no_story_and_have_their_share(world: World, told: list[Story]) -> None:
@@ -164,7 +164,7 @@ _STORY = (
     "Anna lived in the garden. A lamp belonged to Anna; the lamp first looked red. Ben lived in the barn. "
     "A hat belonged to Ben; the hat first looked blue. Clara lived in the mill. "
     "A kite belonged to Clara; the kite first looked red. Anna ran to the barn. Anna handed the lamp over to Ben. "
-    "The hat still looked blue. The lamp belonged to Ben. Anna was in the barn. Ben had the lamp."
+    "The hat still looked blue. The lamp belonged to Ben. Anna was in the barn. Ben last got the lamp."
 )
 
 
@@ -181,8 +181,10 @@ _STORY = (
         ("the kite first", "the lamp first", "sentence 6 .*'A kite belonged to Clara; the lamp first looked red.'"),
         ("Clara lived in the mill. ", "", "sentence 5 .*'A kite belonged to Clara; the kite first looked red.'"),
         ("The hat still looked blue. ", "The lamp belonged to Ben. ", "sentence 9 .*'The lamp .* Ben.'"),  # just told
-        (" The lamp belonged to Ben. Anna was in the barn. Ben had the lamp.", "", "stops after sentence 9"),
-        ("Ben had the lamp.", "Ben had the lamp", "sentence 12 .*'Ben had the lamp'"),
+        (" The lamp belonged to Ben. Anna was in the barn. Ben last got the lamp.", "", "stops after sentence 9"),
+        ("Ben last got the lamp.", "Ben last got the lamp", "sentence 12 .*'Ben last got the lamp'"),
+        ("Ben last got the lamp.", "Ben last got the hat.", "sentence 12 .*'Ben last got the hat.'"),
+        ("Ben last got the lamp.", "Anna last got the hat.", "sentence 12 .*'Anna last got the hat.'"),
         ("looked blue. The", "looked blue.The", "sentence 9 .*'The hat still looked blue.The lamp belonged to Ben.'"),
     ],
 )
@@ -220,9 +222,10 @@ def test_pronouns_stand_for_the_last_subject_only() -> None:
             here = read[1]
         return True
 
-    assert after("Anna went to the mill.", "She had the lamp.")
-    assert not after("Anna went to the mill.", "He had the hat.")
-    assert not after("Anna went to the mill.", "She had the kite.")  # she is Anna, Clara has it
+    assert after("Anna went to the mill.", "She last got the lamp.")
+    assert not after("Anna went to the mill.", "He last got the hat.")
+    assert not after("Anna went to the mill.", "She last got the kite.")  # she is Anna, Clara got it
+    assert after("Anna gave the lamp away to Ben.", "Anna last got the lamp.")  # whether she still has it or not
     assert after("Anna gave the lamp away to Ben.", "She went to the mill.")
     assert not after("Anna gave the lamp away to Clara.", "She went to the mill.")  # which of them?
     assert not after("The lamp belonged to Anna.", "She went to the mill.")
@@ -242,8 +245,8 @@ def test_words(world: World, told: list[Story]) -> None:
     assert used <= set(vocabulary(world))
     assert not used & {"Question", "Answer", ":", "?"}
     # Counted by hand. Words of classes: 16 + 16 + 16 + 8 + 8 in the small world; 32 + 28 + 32 + 12 + 20 + 10 + 8 + 5
-    # and two pronouns in the rich. Fixed words and marks, those of questions and "Answer:" included: 35 and 59.
-    assert len(vocabulary(world)) == {"small": 64 + 35, "rich": 149 + 59}[world.name]
+    # and two pronouns in the rich. Fixed words and marks, those of questions and "Answer:" included: 35 and 60.
+    assert len(vocabulary(world)) == {"small": 64 + 35, "rich": 149 + 60}[world.name]
     for story in told[:200]:
         assert "\n" not in story.text
         assert not re.search(r"\ba [aeiou]", story.text)
