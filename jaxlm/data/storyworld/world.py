@@ -201,7 +201,7 @@ RICH = World(
     times=("morning", "afternoon", "evening", "day", "night"),
     kinds=(
         ("move", 0.14), ("give", 0.09), ("paint", 0.05), ("feel", 0.10), ("turn", 0.02), ("act", 0.02), ("greet", 0.02),
-        ("where", 0.15), ("with", 0.14), ("got", 0.10), ("hue", 0.13), ("found", 0.11), ("felt", 0.10), ("sky", 0.05),
+        ("where", 0.17), ("with", 0.14), ("got", 0.14), ("hue", 0.13), ("found", 0.12), ("felt", 0.12), ("sky", 0.05),
     ),
     wordings=(
         ("dawn", (("That {time} it was {sky}.", 1.0),)),
