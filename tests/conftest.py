@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+# A shell that starts the tests in the background has them ignore SIGINT, and so would every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports jax: a layout of two devices on every machine, whichever test comes first. Stages run inline
 # would otherwise claim the cores of the machine when they find jax not yet in use.
