@@ -51,7 +51,7 @@ def build(cfg: TrainOptions) -> optax.GradientTransformation:
 def updates_done(opt_state: Any) -> jax.Array:
     """int32[]: how many updates the optimizer has made, which is what its schedules go by.
 
-    It falls behind the step where steps are skipped, and starts ahead of it where the state comes from another training.
+    It falls behind the step where steps are skipped, and starts ahead of it when it comes from another training.
     """
     count: jax.Array = optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]  # all of them are equal
     return count
