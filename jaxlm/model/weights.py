@@ -1,7 +1,8 @@
 """The weight table: what is known of each weight beside its shape, keyed by path.
 
 A weight's shape, initializer and logical axes stand with its layer in `blocks.py`; everything else about it stands
-here, once. A test fails when a model has a weight that is missing here.
+here, once. A test fails when a model has a weight that is missing here. The weights' names in published files are
+in `jaxlm.interop.families`, by architecture.
 """
 
 from __future__ import annotations

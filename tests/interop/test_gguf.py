@@ -1,0 +1,266 @@
+"""GGUF files written here with the `gguf` package, by the names and the permutation of llama.cpp's converter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import model
+from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.errors import InputError
+from jaxlm.interop.gguf import load_gguf
+from jaxlm.model.positions import rotary_frequencies
+from jaxlm.model.weights import path_of
+
+QUICK_COMPILE = True
+gguf = pytest.importorskip("gguf", reason="reads GGUF files; install the extra: pip install -e '.[gguf]'")
+
+LLAMA: dict[str, Any] = dict(
+    vocab_size=64, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_seq_len=32, norm="rms",
+    position="rotary", mlp="swiglu", rope_theta=5000.0, norm_eps=1e-5,
+)  # fmt: skip
+CASES: dict[str, tuple[str, ModelConfig]] = {
+    "llama": ("llama", ModelConfig(**LLAMA)),
+    "llama-untied-biased": ("llama", ModelConfig(**LLAMA, tie_embeddings=False, attn_bias=True, attn_out_bias=True)),
+    "llama3-scaled": ("llama", ModelConfig(**LLAMA, rope_scaling=RopeScaling(factor=8.0))),
+    "qwen2": ("qwen2", ModelConfig(**LLAMA, attn_bias=True)),
+    "qwen3": ("qwen3", ModelConfig(**{**LLAMA, "head_dim": 32}, qk_norm=True)),
+    "gpt2": (
+        "gpt2",
+        ModelConfig(
+            vocab_size=64, n_layers=2, d_model=64, n_heads=4, d_ff=128, max_seq_len=32, norm="layer", norm_bias=True,
+            position="learned", mlp="gelu_tanh", attn_bias=True, attn_out_bias=True, mlp_bias=True,
+        ),
+    ),
+}  # fmt: skip
+
+# The names as gguf-py's tensor_mapping has them, against ours.
+NAMES = {
+    "embed/tokens": "token_embd.weight", "embed/positions": "position_embd.weight",
+    "final_norm/scale": "output_norm.weight", "final_norm/bias": "output_norm.bias", "head/kernel": "output.weight",
+    "norm1": "attn_norm", "norm2": "ffn_norm", "attn/q": "attn_q", "attn/k": "attn_k", "attn/v": "attn_v",
+    "attn/o": "attn_output", "attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm", "mlp/up": "ffn_up",
+    "mlp/gate": "ffn_gate", "mlp/down": "ffn_down",
+}  # fmt: skip
+
+
+def tensors_of(architecture: str, cfg: ModelConfig, params: Any) -> dict[str, np.ndarray]:
+    """The tensors as the converter writes them: [outputs, inputs], llama's q and k permuted, gpt2's q, k, v in one."""
+    out: dict[str, np.ndarray] = {}
+    for key, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path, array = path_of(key), np.asarray(leaf)
+        if not path.startswith("blocks/"):
+            out[NAMES[path]] = array.T if path == "head/kernel" else array
+            continue
+        part, _, kind = path.removeprefix("blocks/").rpartition("/")
+        for i, layer in enumerate(array):
+            w = layer.T if kind == "kernel" else layer
+            if architecture == "llama" and part in ("attn/q", "attn/k"):
+                heads = cfg.n_heads if part == "attn/q" else cfg.kv_heads
+                # convert_hf_to_gguf.py, LlamaModel.permute
+                w = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+            out[f"blk.{i}.{NAMES[part]}.{'bias' if kind == 'bias' else 'weight'}"] = np.ascontiguousarray(w)
+    if architecture == "gpt2":
+        for i in range(cfg.n_layers):
+            for kind in ("weight", "bias"):
+                parts = [out.pop(f"blk.{i}.attn_{name}.{kind}") for name in "qkv"]
+                out[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate(parts)
+    if cfg.rope_scaling is not None:  # llama.cpp keeps what the frequencies are divided by
+        out["rope_freqs.weight"] = rotary_frequencies(cfg.replace(rope_scaling=None)) / rotary_frequencies(cfg)
+    return out
+
+
+def write(
+    path: Path,
+    architecture: str,
+    cfg: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    *,
+    fields: dict[str, Any] | None = None,
+    types: Callable[[str, np.ndarray], Any] = lambda name, array: None,
+) -> Path:
+    """A GGUF of these tensors; `types` gives the quantization of each, `fields` more metadata or None to leave out."""
+    writer = gguf.GGUFWriter(path, architecture)
+    norm = "layer_norm_epsilon" if architecture == "gpt2" else "layer_norm_rms_epsilon"
+    values: dict[str, Any] = {
+        "block_count": cfg.n_layers, "context_length": cfg.max_seq_len, "embedding_length": cfg.d_model,
+        "feed_forward_length": cfg.ff, "attention.head_count": cfg.n_heads, f"attention.{norm}": cfg.norm_eps,
+    }  # fmt: skip
+    if architecture != "gpt2":
+        values |= {"attention.head_count_kv": cfg.kv_heads, "rope.freq_base": cfg.rope_theta}
+        values |= {"rope.dimension_count": cfg.d_head, "attention.key_length": cfg.d_head}
+    for name, value in (values | (fields or {})).items():
+        if isinstance(value, float):
+            writer.add_float32(f"{architecture}.{name}", value)
+        elif isinstance(value, int):
+            writer.add_uint32(f"{architecture}.{name}", value)
+        elif isinstance(value, str):
+            writer.add_string(f"{architecture}.{name}", value)
+    for name, array in tensors.items():
+        kind = types(name, array)
+        if kind is None:
+            writer.add_tensor(name, array)
+        else:
+            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def filled(cfg: ModelConfig, seed: int = 0) -> Any:
+    """Parameters none of which is 0 or 1."""
+    shapes = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, ModelConfig, Any]:
+    architecture, cfg = CASES[request.param]
+    return architecture, cfg, filled(cfg)
+
+
+def same(params: Any, expected: Any) -> None:
+    ours, theirs = (
+        {path_of(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for tree in (params, expected)
+    )
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_every_tensor_comes_to_its_place(case: tuple[str, ModelConfig, Any], tmp_path: Path) -> None:
+    architecture, cfg, params = case
+    path = write(tmp_path / "x.gguf", architecture, cfg, tensors_of(architecture, cfg, params))
+    loaded = load_gguf(path)
+    expected = cfg if architecture != "gpt2" else cfg.replace(n_kv_heads=4)
+    assert loaded.cfg == expected.replace(tie_embeddings=cfg.tie_embeddings)
+    assert loaded.tokenizer is None
+    same(loaded.params, params)
+    half = load_gguf(path, dtype="bfloat16").params
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+
+
+def test_each_tensor_is_dequantized_by_its_own_type(tmp_path: Path) -> None:
+    cfg = CASES["llama"][1]
+    tensors = tensors_of("llama", cfg, filled(cfg))
+    kinds = gguf.GGMLQuantizationType
+    mixed = {"ffn_up": kinds.Q4_1, "ffn_down": kinds.Q8_0, "ffn_gate": kinds.F16, "attn_v": kinds.BF16}
+
+    def kind(name: str, array: np.ndarray) -> Any:
+        return next((kind for part, kind in mixed.items() if part in name), None)
+
+    loaded = load_gguf(write(tmp_path / "x.gguf", "llama", cfg, tensors, types=kind))
+    up = np.asarray(loaded.params["blocks"]["mlp"]["up"]["kernel"][1])
+    # Q4_1 by hand (notes of llama.cpp's ggml-quants): 20 bytes for 32 weights, float16 scale and minimum, then 16 bytes
+    # of nibbles, the low halves first; w = scale q + minimum.
+    raw = np.asarray(gguf.quantize(tensors["blk.1.ffn_up.weight"], kinds.Q4_1)).reshape(-1, 20)
+    scale, least = (raw[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
+    nibbles = np.concatenate([raw[:, 4:] & 15, raw[:, 4:] >> 4], axis=1).astype(np.float32)
+    np.testing.assert_allclose(up, (scale * nibbles + least).reshape(cfg.ff, cfg.d_model).T, rtol=1e-6)
+    gate = np.asarray(loaded.params["blocks"]["mlp"]["gate"]["kernel"][0])
+    np.testing.assert_array_equal(gate, tensors["blk.0.ffn_gate.weight"].astype(np.float16).astype(np.float32).T)
+    value = np.asarray(loaded.params["blocks"]["attn"]["v"]["kernel"][0])
+    np.testing.assert_allclose(value, tensors["blk.0.attn_v.weight"].T, rtol=2**-8)
+
+
+def without(name: str) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name: str, array: np.ndarray) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda tensors: tensors.update({name: array})
+
+
+NAN = np.full((32, 64), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "words"),
+    [
+        (without("blk.1.ffn_up.weight"), {}, "tensor blk.1.ffn_up.weight: missing"),
+        (without("token_embd.weight"), {}, "tensor token_embd.weight: missing"),
+        (put("blk.1.attn_v.weight", NAN), {}, "tensor blk.1.attn_v.weight: holds NaN"),
+        (
+            put("blk.0.attn_v.weight", NAN[:16]),
+            {},
+            r"tensor blk.0.attn_v.weight: has the shape \(16, 64\), .*\(32, 64\)",
+        ),
+        (put("output_norm.weight", NAN[0, :7]), {}, r"tensor output_norm.weight: has the shape \(7,\)"),
+        (put("blk.0.ffn_gate_exps.weight", NAN), {}, "tensor blk.0.ffn_gate_exps.weight: this architecture has none"),
+        (put("blk.2.attn_v.weight", NAN), {}, "tensor blk.2.attn_v.weight: this architecture has none"),
+        (put("rope_freqs.weight", np.ones(8, np.float32) * [1, 2, 3, 4, 5, 6, 7, 8]), {}, "rope_freqs.weight: not the"),
+        (put("token_embd.weight", NAN.astype(np.float64)), {}, "tensor token_embd.weight: its type F64"),
+        (without("none"), {"block_count": None}, "field llama.block_count: missing"),
+        (without("none"), {"block_count": 0}, "n_layers"),
+        (without("none"), {"block_count": 3}, "tensor blk.2.attn_norm.weight: missing"),
+        (without("none"), {"expert_count": 8}, "field llama.expert_count: mixtures"),
+        (without("none"), {"rope.scaling.type": "yarn"}, "field llama.rope.scaling.type: 'yarn'"),
+        (without("none"), {"rope.dimension_count": 8}, "field llama.rope.dimension_count: 8"),
+        (without("none"), {"context_length": "long"}, "field llama.context_length: expected one number, found 'long'"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    tmp_path: Path, change: Callable[[dict[str, np.ndarray]], Any], fields: dict[str, Any], words: str
+) -> None:
+    cfg = CASES["llama"][1]
+    tensors = {"none": NAN} | tensors_of("llama", cfg, filled(cfg))
+    change(tensors)
+    tensors.pop("none", None)
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors, fields=fields)
+    with pytest.raises(InputError, match=words) as caught:
+        load_gguf(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.gguf", "mamba", CASES["llama"][1], {})
+    with pytest.raises(InputError, match=r"general.architecture: 'mamba' is not supported; supported are llama, qwen2"):
+        load_gguf(path)
+
+
+def test_a_sliding_window_is_the_context(tmp_path: Path) -> None:
+    _, cfg = CASES["llama"]
+    tensors = tensors_of("llama", cfg, filled(cfg))
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors, fields={"attention.sliding_window": 8})
+    assert load_gguf(path).cfg.max_seq_len == 8
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    cfg = CASES["llama"][1]
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors_of("llama", cfg, filled(cfg)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(
+        InputError, match=r"x.gguf: tensor blk.1.ffn_down.weight: is truncated|x.gguf: tensor .* truncated"
+    ):
+        load_gguf(path)
+    rng = np.random.default_rng(0)
+    header = whole.index(b"blk.1")
+    for cut in [0, 3, 10, 23, 24, 30, *rng.integers(31, header, 20).tolist()]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(InputError) as caught:
+            load_gguf(path)
+        assert str(path) in str(caught.value)
+    for at in rng.integers(0, header, 40).tolist():  # a flipped byte is an InputError, or harmless
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with suppress(InputError):
+            load_gguf(path)
+    with pytest.raises(InputError, match="no such file"):
+        load_gguf(tmp_path / "none.gguf")
+
+
+def test_the_package_is_named_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(InputError, match=r"pip install 'jaxlm\[gguf\]'"):
+        load_gguf(tmp_path / "x.gguf")
