@@ -1,9 +1,17 @@
-"""Sampling and decoding: logit filters, the draw, penalties, and `generate` over a key/value cache."""
+"""Sampling and decoding: filters, the draw, `generate`, streams, beams, slots and speculation over a cache."""
 
+from jaxlm.sample.beam import Hypothesis, beam_search
 from jaxlm.sample.decode import prepare
+from jaxlm.sample.engine import Request
 from jaxlm.sample.filters import filter_logits
 from jaxlm.sample.generate import Generation, generate
 from jaxlm.sample.options import Sampling
 from jaxlm.sample.sampler import sample_token
+from jaxlm.sample.serve import serve
+from jaxlm.sample.speculative import Speculated, speculate
+from jaxlm.sample.stream import stream
 
-__all__ = ["Generation", "Sampling", "filter_logits", "generate", "prepare", "sample_token"]
+__all__ = [
+    "Generation", "Hypothesis", "Request", "Sampling", "Speculated", "beam_search", "filter_logits", "generate",
+    "prepare", "sample_token", "serve", "speculate", "stream",
+]  # fmt: skip

@@ -30,9 +30,10 @@ class Requests(NamedTuple):
         prompt: int32[B, T], -1 after the end.
         max_new: int32[B], tokens wanted at most.
         min_new: int32[B], tokens before a stop id may come.
-        temperature, top_p, min_p: float32[B].
+        temperature, top_p, min_p, typical_p: float32[B].
         top_k: int32[B].
         repetition, presence, frequency: float32[B].
+        no_repeat_ngram: int32[B].
         edit_ids, edit_values: int32[B, W] and float32[B, W], added to the logits; ids of -1 are padding.
         stop_ids: int32[B, E], -1 is padding.
         n_vocab: int32[], ids from here on are padding of the vocabulary, never produced.
@@ -46,9 +47,11 @@ class Requests(NamedTuple):
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
+    typical_p: jax.Array
     repetition: jax.Array
     presence: jax.Array
     frequency: jax.Array
+    no_repeat_ngram: jax.Array
     edit_ids: jax.Array
     edit_values: jax.Array
     stop_ids: jax.Array
@@ -65,6 +68,8 @@ class State(NamedTuple):
         tokens: int32[B, N], the new tokens, -1 after the end.
         log_probs: float32[B, N], of those tokens under the model itself, before any filter; nats.
         finished: int32[B], RUNNING, STOP, LENGTH or ERROR.
+        top_tokens: int32[B, N, M], for each new token the M that were most likely under the model itself, in order.
+        top_log_probs: float32[B, N, M], of those; nats.
     """
 
     cache: Cache
@@ -73,6 +78,8 @@ class State(NamedTuple):
     tokens: jax.Array
     log_probs: jax.Array
     finished: jax.Array
+    top_tokens: jax.Array
+    top_log_probs: jax.Array
 
 
 def prepare(cfg: ModelConfig, params: Params) -> Params:
@@ -96,8 +103,8 @@ def prepare(cfg: ModelConfig, params: Params) -> Params:
     return out
 
 
-@partial(jax.jit, static_argnames=("capacity", "n_new"))
-def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: int, n_new: int) -> State:
+@partial(jax.jit, static_argnames=("capacity", "n_new", "n_top"))
+def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: int, n_new: int, n_top: int = 0) -> State:
     """The state before the first new token.
 
     Args:
@@ -106,6 +113,7 @@ def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: in
         prompt: int32[B, T], right-padded with -1. A row of padding alone is not in use and finishes at once.
         capacity: S, places in the cache of each row.
         n_new: N, room for new tokens.
+        n_top: M, most likely tokens to be noted of each new one.
     """
     batch = prompt.shape[0]
     held = (prompt >= 0).sum(-1, dtype=jnp.int32)
@@ -120,6 +128,8 @@ def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: in
         tokens=jnp.full((batch, n_new), -1, jnp.int32),
         log_probs=jnp.zeros((batch, n_new), jnp.float32),
         finished=jnp.where(held > 0, RUNNING, LENGTH).astype(jnp.int32),  # not weakly typed: one signature
+        top_tokens=jnp.full((batch, n_new, n_top), -1, jnp.int32),
+        top_log_probs=jnp.zeros((batch, n_new, n_top), jnp.float32),
     )
 
 
@@ -131,13 +141,20 @@ def decode_step(cfg: ModelConfig, params: Params, requests: Requests, state: Sta
     logits = unembed(cfg, params, hidden[:, 0])
     length = jnp.where(running, state.cache.length + 1, state.cache.length)
     with jax.named_scope("sample"):
-        keys = jax.vmap(jax.random.fold_in)(requests.key, length)
         r = requests
         token = sample_token(
-            keys, adjust(logits, r, state), temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p
+            jax.vmap(jax.random.fold_in)(r.key, (r.prompt >= 0).sum(-1) + state.n_new),
+            adjust(logits, r, state),
+            temperature=r.temperature,
+            top_k=r.top_k,
+            top_p=r.top_p,
+            min_p=r.min_p,
+            typical_p=r.typical_p,
         )
         chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0]
-        log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        log_prob = chosen - log_total
+        best, best_tokens = lax.top_k(logits, state.top_tokens.shape[-1])
 
     emits = running & (token >= 0)
     rows, place = jnp.arange(token.shape[0]), jnp.where(emits, state.n_new, state.tokens.shape[1])
@@ -151,24 +168,37 @@ def decode_step(cfg: ModelConfig, params: Params, requests: Requests, state: Sta
         tokens=state.tokens.at[rows, place].set(token, mode="drop"),
         log_probs=state.log_probs.at[rows, place].set(log_prob, mode="drop"),
         finished=jnp.where(running, reason, state.finished),
+        top_tokens=state.top_tokens.at[rows, place].set(best_tokens, mode="drop"),
+        top_log_probs=state.top_log_probs.at[rows, place].set(best - log_total[:, None], mode="drop"),
     )
 
 
 def adjust(logits: jax.Array, requests: Requests, state: State) -> jax.Array:
     """Penalties, bias and bans, float32[B, V] -> [B, V]."""
     r, vocab = requests, logits.shape[-1]
-    too_early = state.n_new < r.min_new
+    no_ngrams = (r.no_repeat_ngram == 0).all()
 
     def apply(x: jax.Array) -> jax.Array:
         x = penalties.repetition(x, jnp.concatenate([r.prompt, state.tokens], axis=1), r.repetition)
         x = penalties.presence(x, state.tokens, r.presence)
         x = penalties.frequency(x, state.tokens, r.frequency)
         x = penalties.bias(x, r.edit_ids, r.edit_values)
-        return penalties.ban(x, r.stop_ids, too_early)
+        x = penalties.min_new_tokens(x, r.stop_ids, state.n_new, r.min_new)
+        seen = history(r, state)
+        return lax.cond(no_ngrams, lambda x: x, lambda x: penalties.no_repeat_ngram(x, seen, r.no_repeat_ngram), x)
 
-    plain = (r.repetition == 1) & (r.presence == 0) & (r.frequency == 0) & ~too_early & (r.edit_ids < 0).all(-1)
-    x = lax.cond(plain.all(), lambda x: x, apply, logits)
+    plain = (r.repetition == 1) & (r.presence == 0) & (r.frequency == 0) & (state.n_new >= r.min_new)
+    x = lax.cond((plain & (r.edit_ids < 0).all(-1)).all() & no_ngrams, lambda x: x, apply, logits)
     return jnp.where(jnp.arange(vocab) < r.n_vocab, x, -jnp.inf)
+
+
+def history(requests: Requests, state: State) -> jax.Array:
+    """Prompt and new tokens without a gap, int32[B, T + N], -1 after the end."""
+    place = jnp.arange(requests.prompt.shape[1] + state.tokens.shape[1])
+    held = (requests.prompt >= 0).sum(-1, keepdims=True)
+    old = jnp.take(requests.prompt, place, axis=1, mode="fill", fill_value=-1)
+    new = jnp.take_along_axis(state.tokens, jnp.maximum(place - held, 0), axis=1, mode="fill", fill_value=-1)
+    return jnp.where(place < held, old, new)
 
 
 @partial(jax.jit, donate_argnames="state")

@@ -117,8 +117,19 @@ def above(a: Digits, b: Digits) -> jax.Array:
 
 def minus(a: Digits, b: Digits) -> jax.Array:
     """a - b, roughly, as float32 multiples of the largest probability. Digits are subtracted before rounding."""
-    units, high, low = ((x - y).astype(jnp.float32) for x, y in zip(a, b, strict=True))
-    return units + high * np.float32(2.0**-BITS) + low * np.float32(2.0 ** (-2 * BITS))
+    return _as_float(*(x - y for x, y in zip(a, b, strict=True)))
+
+
+def ratio(a: Digits, b: Digits) -> jax.Array:
+    """a / b as float32, 0 where b is 0. The same digits give the same bits."""
+    divisor = _as_float(*b)
+    # By a select and not by a broadcast, which XLA would turn into a product with the reciprocal at some shapes.
+    return _as_float(*a) / jnp.where(divisor > 0, divisor, jnp.inf)
+
+
+def _as_float(units: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    units, high, low = (x.astype(jnp.float32) for x in (units, high, low))
+    return units + high * np.float32(2.0**-BITS) + low * np.float32(2.0 ** (-2 * BITS))  # the products are exact
 
 
 def scaled(x: Digits, fraction: Sequence[jax.Array]) -> Digits:

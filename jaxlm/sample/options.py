@@ -13,22 +13,24 @@ _RANGES: dict[str, tuple[float, float]] = {
     "top_k": (0, 2**31 - 1),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
     "repetition_penalty": (0.0, math.inf),
     "presence_penalty": (-math.inf, math.inf),
     "frequency_penalty": (-math.inf, math.inf),
     "min_new_tokens": (0, 2**31 - 1),
+    "no_repeat_ngram": (0, 2**31 - 1),
     "seed": (0, 2**32 - 1),
 }
-_INTEGERS = ("top_k", "min_new_tokens", "seed")
+_INTEGERS = ("top_k", "min_new_tokens", "no_repeat_ngram", "seed")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of one request; the defaults draw from the model's own distribution.
 
-    They apply in this order: penalties, bias and bans, temperature, top-k, top-p, min-p, draw. The rules of the filters
-    are in `jaxlm.sample.filters`, those of the penalties in `jaxlm.sample.penalties`. All are data to the compiled
-    program: no value causes a recompile.
+    They apply in this order: penalties, bias and bans, temperature, top-k, top-p, min-p, typical, draw. The rules of
+    the filters are in `jaxlm.sample.filters`, those of the penalties in `jaxlm.sample.penalties`. All are data to the
+    compiled program: no value causes a recompile. A request whose options leave no token to choose ends with `error`.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -41,6 +43,9 @@ class Sampling:
         logit_bias: added to the logits of these ids: a mapping, or pairs of id and number.
         banned_ids: never produced.
         min_new_tokens: no stop id is produced before so many tokens are.
+        typical_p: keep the tokens whose information is nearest to the entropy, the fewest that together have this
+            probability; 1 is off.
+        no_repeat_ngram: no run of so many tokens comes twice in prompt and answer; 0 is off.
         seed: makes the request's draws its own; empty: they follow from the call's key and the request's number.
 
     Raises:
@@ -57,6 +62,8 @@ class Sampling:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     banned_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    typical_p: float = 1.0
+    no_repeat_ngram: int = 0
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Changes to logits that depend on what has been written: penalties, bias and bans, each a small pure function.
+"""Changes to logits before any filter: penalties, bias, bans, n-grams and least lengths, each a small pure function.
 
 Token lists are fixed-width arrays [..., N], padded with any id outside the vocabulary (-1 by convention), so that no
 list's length causes a recompile. Nothing is ever as wide as the vocabulary but the logits.
@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 
@@ -58,8 +59,43 @@ def ban(logits: jax.Array, ids: jax.Array, active: ArrayLike = True) -> jax.Arra
     return x.at[jnp.arange(x.shape[0])[:, None], ids].set(-jnp.inf, mode="drop").reshape(logits.shape)
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+def min_new_tokens(logits: jax.Array, stop_ids: jax.Array, n_new: ArrayLike, least: ArrayLike) -> jax.Array:
+    """Bans `stop_ids` (int32[..., N]) in rows that have fewer new tokens, `n_new`, than `least`: scalars or [...]."""
+    return ban(logits, stop_ids, jnp.asarray(n_new) < jnp.asarray(least))
+
+
+def no_repeat_ngram(logits: jax.Array, history: jax.Array, n: ArrayLike) -> jax.Array:
+    """Bans every token that would complete an n-gram which is in `history` already.
+
+    A row whose every token is banned has no distribution left.
+
+    Args:
+        logits: float32[..., V].
+        history: int32[..., T], prompt and answer without a gap; -1 after the end.
+        n: scalar or [...]; 1 bans every token of the history, 0 nothing.
+
+    Source: Paulus et al. (arXiv 1705.04304), section 2.5, for n = 3; transformers has the same rule.
+    """
+    width = history.shape[-1]
+    if not width:
+        return logits
+    ids, size, place = _rows(history), _spread(n, logits, jnp.int32)[:, None], jnp.arange(width)
+    length = (ids >= 0).sum(-1, keepdims=True)
+
+    def back(j: jax.Array, follows: jax.Array) -> jax.Array:
+        """Narrows the places down to those with the same token j places before them as the token to come has."""
+        before = jnp.where(place >= j, jnp.take(ids, jnp.maximum(place - j, 0), axis=1), -2)
+        last = jnp.where(length >= j, jnp.take_along_axis(ids, jnp.maximum(length - j, 0), axis=1), -3)
+        return follows & ((j >= size) | (before == last))
+
+    # Data bounds the loop, so n compiles nothing; no place has more than T - 1 tokens before it.
+    follows = lax.fori_loop(1, jnp.minimum(size.max(initial=0), width + 1), back, (size > 0) & (place < length))
+    return ban(logits, jnp.where(follows, ids, -1).reshape(history.shape))
+
+
+def _rows(x: ArrayLike) -> jax.Array:
+    x = jnp.asarray(x)
+    return jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def _outside(ids: jax.Array, vocab: int) -> jax.Array:

@@ -10,8 +10,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxlm.errors import InputError
-from jaxlm.sample import exact, filters
-from jaxlm.sample.filters import Options, Rows, Window
+from jaxlm.sample import cuts, exact
+from jaxlm.sample.cuts import Options, Rows, Window
 
 
 def sample_token(
@@ -22,6 +22,7 @@ def sample_token(
     top_k: ArrayLike = 0,
     top_p: ArrayLike = 1.0,
     min_p: ArrayLike = 0.0,
+    typical_p: ArrayLike = 1.0,
     window: int | None = None,
 ) -> jax.Array:
     """Draws one token per row from the filtered distribution.
@@ -37,6 +38,7 @@ def sample_token(
         top_k: scalar or [...].
         top_p: scalar or [...].
         min_p: scalar or [...].
+        typical_p: scalar or [...].
         window: as in `filter_logits`; it changes no draw.
 
     Returns:
@@ -51,30 +53,31 @@ def sample_token(
             f"keys: expected typed keys of shape {logits.shape[:-1]} (jax.random.key), one for each row of logits, "
             f"found {keys.dtype} of shape {keys.shape}."
         )
-    return _sample(keys, logits, filters.per_row(logits, temperature, top_k, top_p, min_p), window)
+    option = cuts.per_row(logits, temperature, top_k, top_p, min_p, typical_p)
+    return _sample(keys, logits, option, cuts.width(logits.shape[-1], window))
 
 
 @partial(jax.jit, static_argnums=3)
-def _sample(keys: jax.Array, logits: jax.Array, option: Options, window: int | None) -> jax.Array:
-    rows = filters.as_rows(logits, option)
+def _sample(keys: jax.Array, logits: jax.Array, option: Options, width: int) -> jax.Array:
+    rows = cuts.as_rows(logits, option)
     bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys.reshape(-1))
     bits = lax.bitcast_convert_type(bits, jnp.int32)
     u = ((bits >> 20) & 0xFFF, (bits >> 8) & 0xFFF, (bits & 0xFF) << 4)
-    largest = filters.first_largest(rows)
+    largest = cuts.first_largest(rows)
 
     def draw() -> jax.Array:
-        found = filters.look(rows, window)
-        if not found.key.shape[1]:
+        found = cuts.look(rows, width)
+        if not found.y.shape[1]:
             return _from_all(rows, u)
         return lax.cond(found.suffices.all(), lambda: _from_window(rows, found, u), lambda: _from_all(rows, u))
 
     token = lax.cond(rows.greedy.all(), lambda: largest, draw)
-    token = jnp.where(filters.usable(rows), jnp.where(rows.greedy, largest, token), -1)
+    token = jnp.where(cuts.usable(rows), jnp.where(rows.greedy, largest, token), -1)
     return token.reshape(logits.shape[:-1])
 
 
 def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Array:
-    kept = filters.keeps(rows, found.key, found.prob, found.threshold)
+    kept = cuts.keeps(rows, found.y, found.prob, found.cut)
     weight = exact.limbs(jnp.where(kept, found.prob, 0.0))
     cumulative = exact.sums_where(found.token[:, None, :] <= found.token[:, :, None], weight)  # in vocabulary order
     total = exact.block_sums(exact.Limbs(*(limb[:, None] for limb in weight)))
@@ -83,9 +86,9 @@ def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Arr
 
 
 def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
-    y = filters.blocked(rows.y)
-    prob = filters.relative(y, rows.largest)
-    kept = filters.keeps(rows, exact.sortable(y), prob, filters.search(rows, y, prob))
+    y = cuts.blocked(rows.y)
+    prob = cuts.relative(y, rows.largest)
+    kept = cuts.keeps(rows, y, prob, cuts.search(rows, y, prob))
     weight = exact.limbs(jnp.where(kept, prob, 0.0))
     # First the block, then the token in it, so that nothing as long as the vocabulary is ever accumulated.
     cumulative = exact.running(exact.block_sums(weight))

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import numpy as np
 import pytest
+
+from jaxlm.model import init
 
 
 class Compiled:
@@ -22,3 +28,15 @@ class Compiled:
 @pytest.fixture(scope="session", autouse=True)
 def compiled() -> Compiled:
     return Compiled()
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """random_params(cfg, scale) -> parameters far from uniform. Made by numpy: `init` compiles for seconds."""
+
+    def make(cfg: Any, scale: float = 0.3) -> Any:
+        rng = np.random.default_rng(0)
+        shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+        return jax.tree.map(lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype), shapes)
+
+    return make

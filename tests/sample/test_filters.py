@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.sample import filter_logits
+from jaxlm.sample import filter_logits, filters
 
 INF = np.inf
 
 
-def reference(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+def reference(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
     """Kept logits of one row, by sorting."""
     x = np.asarray(x, np.float32)
     if temperature == 0:
@@ -29,6 +29,15 @@ def reference(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         tail = np.cumsum(prob[order])[no_more_likely - 1]
         keep &= (tail > (1 - np.float64(np.float32(top_p))) * prob.sum()) | (y == y.max())
     keep &= prob >= min_p
+    if typical_p < 1:
+        prob = np.where(keep, prob, 0.0)
+        below = y - y.max()
+        mean = (prob * np.where(keep, below, 0)).sum() / prob.sum()
+        away = np.abs(below - np.float32(mean))
+        order = np.argsort(away, kind="stable")
+        no_farther = np.searchsorted(away[order], away, side="right")  # how many, ties included
+        reaches = np.cumsum(prob[order])[no_farther - 1] >= (1 - (1 - np.float64(np.float32(typical_p)))) * prob.sum()
+        keep &= away <= away[keep & reaches].min()
     return np.where(keep, y, -INF)
 
 
@@ -66,18 +75,19 @@ def cases(vocab: int, rows: int, seed: int):
         "top_k": rng.choice([0, 0, 1, 2, 5, 50, vocab - 1, vocab, vocab + 3], rows).astype(np.int32),
         "top_p": rng.choice([0, 0.1, 0.5, 0.9, 0.999, 1], rows).astype(np.float32),
         "min_p": rng.choice([0, 0, 0.05, 0.5, 1], rows).astype(np.float32),
+        "typical_p": rng.choice([0, 0.1, 0.5, 0.9, 0.99, 1, 1, 1], rows).astype(np.float32),
     }
     return x, options
 
 
-@pytest.mark.parametrize(("vocab", "rows"), [(1, 20), (2, 60), (7, 180), (1000, 270), (50257, 9)])
+@pytest.mark.parametrize(("vocab", "rows"), [(1, 20), (7, 180), (1000, 270), (50257, 9)])
 def test_keeps_what_sorting_keeps_on_both_paths(vocab, rows):
     x, options = cases(vocab, rows, seed=vocab)
     searched = np.asarray(filter_logits(x, **options, window=0))
     for i in range(rows):
         row = {name: value[i] for name, value in options.items()}
         assert np.array_equal(searched[i], reference(x[i], **row)), (KINDS[i % len(KINDS)], row)
-    if vocab > 2:  # where every row's k is below the window, lax.top_k decides; 40 is a third path only at V > 40
+    if vocab > 1:  # where every row's k is below the window, lax.top_k decides; 40 is a third path only at V > 40
         options["top_k"] = np.where(options["temperature"] == 0, 0, np.clip(options["top_k"], 1, 20)).astype(np.int32)
         windowed = np.asarray(filter_logits(x, **options, window=40))
         assert np.array_equal(windowed, np.asarray(filter_logits(x, **options, window=0)))
@@ -108,6 +118,12 @@ def test_rules_by_hand():
     assert kept(x, top_k=3) == [0, 1, 2, 3]  # the third and the fourth are tied
     assert kept(x, top_k=2, top_p=0.6) == [0]  # renormalised: 2/3 and 1/3, and 1/3 <= 0.4
     assert kept(x, min_p=0.3) == [0, 1]
+    # The entropy is 7/4 bits, the tokens' information 1, 2, 3 and 3, so 1/4 is nearest, then 1/2, then 1/8.
+    assert kept(x, typical_p=0.2) == [1]
+    assert kept(x, typical_p=0.3) == [0, 1]
+    assert kept(x, typical_p=0.76) == [0, 1, 2, 3]  # the third and the fourth are tied
+    assert kept(x, typical_p=0.0) == [1]
+    assert kept(x, top_k=2, typical_p=0.5) == [0]  # of 2/3 and 1/3: 0.585 and 1.585 bits, entropy 0.918
     tied = np.log([0.3, 0.3, 0.3, 0.1])
     assert kept(tied, top_p=0.0) == [0, 1, 2]  # ties at the top all stay ...
     assert kept(tied, temperature=0.0) == [0]  # ... but argmax is the first of them
@@ -117,8 +133,8 @@ def test_rules_by_hand():
 def test_off_means_off_even_for_impossible_tokens():
     # exp(-200) is 0 in float32: p = 1 must not be a threshold.
     x = np.array([0.0, -200.0, -1e30, 1.0], np.float32)
-    assert np.array_equal(np.asarray(filter_logits(x, top_p=1.0, top_k=0, min_p=0.0)), x)
-    assert np.array_equal(np.asarray(filter_logits(x, top_p=2.0, top_k=-1, min_p=-1.0)), x)
+    assert np.array_equal(np.asarray(filter_logits(x, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)), x)
+    assert np.array_equal(np.asarray(filter_logits(x, top_p=2.0, top_k=-1, min_p=-1.0, typical_p=3.0)), x)
     assert np.array_equal(np.asarray(filter_logits(x, top_k=4)), x)
     assert np.array_equal(np.asarray(filter_logits(x, top_k=2**31 - 1)), x)
 
@@ -128,26 +144,37 @@ def test_rows_without_a_distribution_leave_their_neighbours_alone():
     want = np.asarray(filter_logits(x, **options, window=0))
     x[3, 17], x[4, 500], x[5] = np.nan, np.copysign(np.nan, -1), -INF
     options["temperature"][[3, 6, 7, 8]] = 0, -1, np.nan, INF
-    options["top_p"][9], options["min_p"][10] = np.nan, np.nan
+    options["top_p"][9], options["min_p"][10], options["typical_p"][11] = np.nan, np.nan, np.nan
     out = np.asarray(filter_logits(x, **options, window=0))
-    assert np.isnan(out[[3, 4, 6, 7, 8, 9, 10]]).all()
+    assert np.isnan(out[[3, 4, 6, 7, 8, 9, 10, 11]]).all()
     assert np.isneginf(out[5]).all()
-    bad = np.arange(3, 11)
+    bad = np.arange(3, 12)
     assert np.array_equal(np.delete(out, bad, axis=0), np.delete(want, bad, axis=0))
 
 
 def test_infinities_and_extreme_temperatures():
     x = np.array([1.0, INF, 2.0, INF], np.float32)
-    assert np.asarray(filter_logits(x, top_p=0.9)).tolist() == [-INF, INF, -INF, INF]
+    assert np.asarray(filter_logits(x, top_p=0.9, typical_p=0.9)).tolist() == [-INF, INF, -INF, INF]
     x = np.array([-4.0, -5.0, -3.0, -9.0], np.float32)
     assert np.asarray(filter_logits(x, temperature=1e-38)).tolist() == [-INF, -INF, -3.0, -INF]
 
 
 def test_bfloat16_is_worked_on_in_float32():
-    x = jnp.asarray(np.random.default_rng(1).normal(size=64) * 4, jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=7) * 4, jnp.bfloat16)
     out = filter_logits(x, temperature=0.7, top_p=0.9)
     assert out.dtype == jnp.float32
     assert np.array_equal(np.asarray(out), reference(x.astype(jnp.float32), 0.7, top_p=0.9))
+
+
+def test_each_filter_works_alone():
+    x = np.random.default_rng(2).normal(size=(180, 7)).astype(np.float32) * 2
+    option = np.linspace(0, 1.1, 180, dtype=np.float32)
+    k = np.arange(180) % 9
+    assert np.array_equal(filters.temperature(x, option), filter_logits(x, temperature=option))
+    assert np.array_equal(filters.top_k(x, k), filter_logits(x, top_k=k))
+    for alone, name in ((filters.top_p, "top_p"), (filters.min_p, "min_p"), (filters.typical, "typical_p")):
+        assert np.array_equal(alone(x, option), filter_logits(x, **{name: option}))
+        assert np.isneginf(alone(x, 0.5)).any()
 
 
 def test_gradient_reaches_kept_logits_only():
@@ -161,7 +188,7 @@ def test_no_option_recompiles(compiled):
     filter_logits(x)
     before = compiled.count("_filter")
     filter_logits(x, temperature=0, top_k=99, top_p=0.5)
-    filter_logits(x, temperature=np.float32(2), top_k=np.array(1), top_p=jnp.array(0.3), min_p=0.3)
+    filter_logits(x, temperature=np.float32(2), top_k=np.array(1), top_p=jnp.array(0.3), min_p=0.3, typical_p=0.5)
     assert compiled.count("_filter") == before
     assert before > 0  # the counter counts
 
@@ -171,3 +198,26 @@ def test_an_impossible_vocabulary_is_refused():
         jax.eval_shape(filter_logits, jax.ShapeDtypeStruct((1, 2**19 + 1), jnp.float32))
     with pytest.raises(InputError, match="last axis"):
         filter_logits(jnp.zeros((2, 0)))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("vocab", [1000, 50257])
+def test_typical_is_that_of_transformers(vocab):
+    """At masses half-way between two tokens' and distances far enough apart, so that no rounding decides."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    rng = np.random.default_rng(vocab)
+    for p in (0.05, 0.2, 0.5, 0.7, 0.8):
+        grid = np.unique(np.round(rng.normal(size=4 * vocab) * 3 * 2**16))
+        x = (rng.choice(grid, vocab, replace=False) / 2**16).astype(np.float32)
+        log_prob = x.astype(np.float64) - np.log(np.exp(x.astype(np.float64)).sum())
+        away = np.abs(-log_prob + (np.exp(log_prob) * log_prob).sum())
+        order = np.argsort(away)
+        mass = np.cumsum(np.exp(log_prob[order]))
+        i = np.arange(max(np.searchsorted(mass, p), 1), vocab - 1)
+        clear = i[(np.diff(away[order])[i] > 5e-5) & (np.diff(mass)[i - 1] > 1e-5)]
+        i = clear[0]  # keeps order[: i + 1]
+        p = float(np.float32((mass[i] + mass[i - 1]) / 2))
+        theirs = transformers.TypicalLogitsWarper(p)(torch.zeros(1, 1, dtype=torch.int64), torch.from_numpy(x[None]))
+        ours = np.asarray(filters.typical(x, p))
+        assert np.isfinite(ours).sum() == i + 1
+        assert np.array_equal(ours, theirs.numpy()[0])

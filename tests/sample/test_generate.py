@@ -1,6 +1,8 @@
-"""Generation against the naive loop over full forward passes, and against itself in other batches."""
+"""Generation against the naive loop over full forward passes."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,13 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
-from jaxlm.model import apply, init
-from jaxlm.sample import Sampling, generate, prepare
-from jaxlm.sample.generate import _requests
+from jaxlm.model import apply
+from jaxlm.sample import Sampling, generate, prepare, requests, sample_token
+
+QUICK_COMPILE = True
 
 V = 60
-CFG = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=64, tie_embeddings=False)
+CFG = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=32, tie_embeddings=False)
 GREEDY = Sampling(temperature=0)
 
 
@@ -27,19 +30,19 @@ class Letters:
         return "".join(chr(ord("a") + i) for i in ids)
 
 
-def far_from_uniform(cfg, scale):
-    return jax.jit(lambda key: jax.tree.map(lambda w: w * scale, init(cfg, key)))(jax.random.key(0))
+class Wide(Letters):
+    vocab_size = V
 
 
 @pytest.fixture(scope="module")
-def params():
-    return far_from_uniform(CFG, 4)
+def params(random_params):
+    return random_params(CFG)
 
 
 @pytest.fixture(scope="module")
 def prompts():
     rng = np.random.default_rng(0)
-    return [rng.integers(0, V, n).tolist() for n in (1, 5, 16, 17, 30)]
+    return [rng.integers(0, V, n).tolist() for n in (1, 5, 16, 17, 23)]
 
 
 def run(params, prompts, **more):
@@ -47,15 +50,17 @@ def run(params, prompts, **more):
 
 
 def test_greedy_is_the_naive_loop_and_compilations_are_bounded(params, prompts, compiled):
-    before = compiled.count("prefill"), compiled.count("decode")
+    def count():
+        return np.array([compiled.count("prefill"), compiled.count("decode")])
+
+    before = count()
     out = run(params, prompts)
-    # Lengths 1 .. 30 fall into two buckets, 16 and 32.
-    assert (compiled.count("prefill") - before[0], compiled.count("decode") - before[1]) == (2, 2)
+    assert (count() - before).tolist() == [2, 2]  # lengths 1 .. 23 fall into two buckets, 16 and 32
     full = jax.jit(lambda tokens: apply(CFG, params, tokens))
     for prompt, got in zip(prompts, out, strict=True):
         ids, log_probs = list(prompt), []
         for _ in range(9):
-            padded = np.zeros((1, 64), np.int32)
+            padded = np.zeros((1, 32), np.int32)
             padded[0, : len(ids)] = ids
             scores = jax.nn.log_softmax(full(padded)[0, len(ids) - 1])
             ids.append(int(scores.argmax()))
@@ -65,35 +70,17 @@ def test_greedy_is_the_naive_loop_and_compilations_are_bounded(params, prompts, 
         assert got.finish_reason == "length"
         assert got.text is None
 
-    # Other options, lengths and limits: nothing new to compile.
-    before = compiled.count("prefill"), compiled.count("decode")
-    varied = [Sampling(top_k=i, top_p=0.9, repetition_penalty=1 + i / 9, banned_ids=(i,), seed=i) for i in range(3)]
+    # Other options and limits compile nothing new ...
+    varied = [
+        Sampling(top_k=i, top_p=0.9, typical_p=0.9, repetition_penalty=1 + i / 9, banned_ids=(i,), seed=i)
+        for i in range(1, 4)
+    ]
     run(params, [[1], [2] * 9, [3] * 20], sampling=varied, max_new_tokens=[3, 16, 1], stop_ids=(5, 6))
-    run(params, [[1]], tokenizer=Letters(), stop=("some", "text"))
-    assert (compiled.count("prefill"), compiled.count("decode")) == before
-
-
-def test_a_request_is_the_same_alone_in_any_slot_with_any_neighbours():
-    # D = 256: XLA computes a one-row product differently from a row of several only from D = 128 on.
-    cfg = CFG.replace(d_model=256, n_heads=4)
-    params = prepare(cfg, far_from_uniform(cfg, 2))
-    rng = np.random.default_rng(1)
-    prompt, *others = [rng.integers(0, V, n).tolist() for n in (11, 3, 16, 7, 1, 12, 9)]
-    mine = Sampling(temperature=0.9, top_p=0.95, seed=5)
-
-    def at(slot, neighbours, options):
-        batch = [*neighbours[:slot], prompt, *neighbours[slot:]]
-        sampling = [options] * slot + [mine] + [options] * (len(neighbours) - slot)
-        return generate(cfg, params, batch, sampling=sampling, max_new_tokens=16, slots=4)[slot]
-
-    alone = at(0, [], GREEDY)
-    assert len(set(alone.tokens)) > 4  # a real draw
-    for slot, neighbours, options in (
-        (3, others[:3], GREEDY),
-        (1, others[2:5], Sampling()),
-        (5, others, Sampling(top_k=3, repetition_penalty=1.5)),
-    ):
-        assert at(slot, neighbours, options) == alone  # tokens and the bits of their log-probabilities
+    run(params, [[1]], tokenizer=Letters(), stop=("some", "text"), n=3, sampling=Sampling(no_repeat_ngram=2))
+    assert (count() - before).tolist() == [2, 2]
+    # ... and neither do all other lengths that the context of 32 has room for: log2(32 / 16) + 2 are promised.
+    run(params, [[1] * n for n in range(1, 31)], max_new_tokens=2)
+    assert (count() - before).tolist() == [2, 2]
 
 
 def test_draws_follow_key_request_and_position(params):
@@ -145,20 +132,106 @@ def test_text_stop_strings_and_padding_of_the_vocabulary(params):
     assert (ended.text, ended.tokens) == ("", whole.tokens[:1])
 
 
-def test_a_nan_ends_its_own_row_only(params):
+def test_a_stop_string_is_the_first_to_be_complete(params):
+    # "bcd" starts before "c" and ends after it: what was decoded while nobody looked must not decide.
+    whole = run(params, [[1, 2]], tokenizer=Letters(), max_new_tokens=14, sampling=Sampling(seed=2))[0]
+    for place in range(1, 12):
+        stops = (whole.text[place - 1 : place + 2], whole.text[place])
+        got = run(params, [[1, 2]], tokenizer=Letters(), max_new_tokens=14, sampling=Sampling(seed=2), stop=stops)[0]
+        end = whole.text.index(whole.text[place])
+        assert (got.text, got.tokens, got.finish_reason) == (whole.text[:end], whole.tokens[: end + 1], "stop")
+
+
+def test_bad_rows_end_alone(params):
     poisoned = {**params, "embed": {"tokens": params["embed"]["tokens"].at[59].set(jnp.nan)}}
     clean = [[1, 2, 3], [4, 5]]
-    want = run(params, clean, sampling=Sampling(seed=1, banned_ids=(59,)))
-    got = run(poisoned, [clean[0], [6, 59, 7], clean[1]], sampling=Sampling(seed=1, banned_ids=(59,)))
+    options = Sampling(seed=1, banned_ids=(59,))
+    want = run(params, clean, sampling=options)
+    got = run(poisoned, [clean[0], [6, 59, 7], clean[1]], sampling=options)
     assert [got[0], got[2]] == want
-    assert got[1].finish_reason == "error"
-    assert got[1].tokens == []
+    assert (got[1].finish_reason, got[1].tokens, got[1].log_probs) == ("error", [], [])
+    # No token left: of 26 letters 12 are in the prompt, 6 are banned, and the rest come once each.
+    once = Sampling(no_repeat_ngram=1, banned_ids=tuple(range(12, 18)))
+    first, left, last = run(
+        params, [clean[0], list(range(12)), clean[1]], max_new_tokens=16, tokenizer=Letters(),
+        sampling=[options, once, options],
+    )  # fmt: skip
+    assert left.finish_reason == "error"
+    assert sorted(left.tokens) == list(range(18, 26))
+    alone = run(params, [clean[0]], max_new_tokens=16, tokenizer=Letters(), sampling=options)
+    assert (first, last.finish_reason) == (alone[0], "length")
+    (everything,) = run(params, [clean[0]], sampling=Sampling(seed=1, banned_ids=(59,), top_k=10**6))
+    assert everything == want[0]
+
+
+def test_no_pair_of_tokens_comes_twice(params):
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    free, bound = run(params, [prompt] * 2, max_new_tokens=16, sampling=[GREEDY, Sampling(0, no_repeat_ngram=1)])
+    assert len(set(free.tokens)) < 16  # greedy repeats itself
+    assert len(set(prompt) | set(bound.tokens)) == 7 + 16
+    pairs = run(params, [[7, 8, 7]], max_new_tokens=16, sampling=Sampling(0, no_repeat_ngram=2, logit_bias={7: 50}))[0]
+    assert pairs.tokens[0] == 7  # (7, 7) is new, and then it is not
+    both = [7, 8, 7, *pairs.tokens]
+    assert len(set(pairwise(both))) == len(both) - 1
+
+
+def test_samples_of_a_prompt_have_draws_of_their_own(params):
+    prompts, options = [[1, 2, 3], [4, 5]], [Sampling(), Sampling(seed=3)]
+    one = run(params, prompts, sampling=options, max_new_tokens=12)
+    three = run(params, prompts, sampling=options, max_new_tokens=12, n=3)
+    assert [three[0], three[3]] == one  # the first is the one that there would be alone
+    assert len({tuple(g.tokens) for g in three}) == 6
+    assert run(params, prompts, sampling=options, max_new_tokens=12, n=2)[2:] == three[3:5]
+    assert three[0].top_log_probs is None
+    same = run(params, prompts, n=2)
+    assert [same[0], same[2]] == [same[1], same[3]] == run(params, prompts)
 
 
 def test_crop_keeps_the_end_of_a_long_prompt():
-    long = list(range(50)) + list(range(30))
-    (cropped,) = _requests(CFG, [long], None, 9, "crop")
-    assert cropped.prompt == long[-(64 - 9) :]
+    long = list(range(50))
+    (cropped,) = requests.check(CFG, [long], None, 9, "crop")
+    assert cropped.prompt == long[-(32 - 9) :]
+
+
+def test_sliding_is_the_naive_loop_over_windows(random_params):
+    # A shift of keys and a mix of embeddings are what a window must begin anew with, besides its positions.
+    cfg = CFG.replace(max_seq_len=16, position="learned", key_offset=True, embed_mix=2)
+    params = random_params(cfg)
+    full = jax.jit(lambda tokens: jax.nn.log_softmax(apply(cfg, params, tokens)))
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, V, n).tolist() for n in (3, 15, 16, 20)]
+    options = [GREEDY, Sampling(seed=1), GREEDY, Sampling(seed=2, top_p=0.9)]
+
+    def slide(prompts, options, **more):
+        more = {"max_new_tokens": 30, "slots": 4, "overflow": "slide", "top_log_probs": 3, **more}
+        return generate(cfg, params, prompts, sampling=options, **more)
+
+    got = slide(prompts, options)
+    for prompt, option, answer in zip(prompts, options, got, strict=True):
+        ids, begin = (prompt if len(prompt) <= 16 else prompt[-8:]), 0
+        n_prompt = len(ids)
+        for most_likely, log_prob in zip(answer.top_log_probs, answer.log_probs, strict=True):
+            if len(ids) - begin > 16:
+                begin = len(ids) - 8
+            padded = np.zeros((1, 16), np.int32)
+            padded[0, : len(ids) - begin] = ids[begin:]
+            key = jax.random.fold_in(jax.random.key(option.seed or 0), len(ids))
+            scores = full(padded)[0, len(ids) - begin - 1]
+            token = int(sample_token(key, scores, temperature=option.temperature, top_p=option.top_p))
+            ids = [*ids, token]
+            assert [i for i, _ in most_likely] == np.argsort(-scores)[:3].tolist()
+            np.testing.assert_allclose([value for _, value in most_likely], np.sort(scores)[:-4:-1], atol=2e-5)
+            np.testing.assert_allclose(log_prob, scores[token], atol=2e-5)
+        assert answer.tokens == ids[n_prompt:]
+        assert len(answer.tokens) == 30
+    assert slide(prompts[1:2], options[1]) == [got[1]]
+    watched = slide(prompts[1:], options[1:], tokenizer=Wide(), stop="...")
+    assert [g.tokens for g in watched] == [g.tokens for g in got[1:]]
+
+
+def test_what_fits_does_not_slide():
+    short, long = requests.check(CFG, [[5], [5] * 3], None, [31, 30], "slide")
+    assert (short.slides, long.slides) == (False, True)
 
 
 def test_prepared_weights_give_the_same_logits_and_prepare_is_idempotent(params):
@@ -173,27 +246,25 @@ def test_prepared_weights_give_the_same_logits_and_prepare_is_idempotent(params)
     assert np.array_equal(full(cfg, prepared, tokens), full(cfg, params, tokens))
 
 
-def test_a_bigram_generates():
-    cfg = ModelConfig(kind="bigram", vocab_size=5)
-    table = jnp.full((5, 5), -9.0).at[jnp.arange(5), (jnp.arange(5) + 1) % 5].set(9.0)
-    out = generate(cfg, {"bigram": {"table": table}}, [[0], [1, 3]], sampling=GREEDY, max_new_tokens=4)
-    assert [g.tokens for g in out] == [[1, 2, 3, 4], [4, 0, 1, 2]]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"prompts": [[1], []]}, "prompt 1: is empty"),
         ({"prompts": [[1, V]]}, f"prompt 0: id {V} is outside"),
         ({"prompts": ["text"]}, "prompt 0: expected token ids"),
-        ({"prompts": [[1] * 60]}, "exceed the model's context of 64"),
-        ({"prompts": [[1]], "max_new_tokens": 64, "overflow": "crop"}, "exceed the model's context"),
+        ({"prompts": [[1] * 30]}, "exceed the model's context of 32"),
+        ({"prompts": [[1]], "max_new_tokens": 32, "overflow": "crop"}, "exceed the model's context"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
         ({"prompts": [[1]], "sampling": [GREEDY, GREEDY]}, "sampling: 2 given for 1 prompts"),
         ({"prompts": [[1]], "sampling": Sampling(banned_ids=(V,))}, f"id {V} is outside"),
         ({"prompts": [[1]], "stop_ids": (-1,)}, "stop_ids: -1 is outside"),
         ({"prompts": [[1]], "stop": "x"}, "need a tokenizer"),
         ({"prompts": [[1]], "stop": ("a", ""), "tokenizer": Letters()}, "a stop string is empty"),
+        ({"prompts": [[1]], "stop": ""}, "a stop string is empty"),
+        ({"prompts": [[1]], "n": 0}, "n: must be at least 1"),
+        ({"prompts": [[1]], "top_log_probs": -1}, "top_log_probs: must be between 0 and 60"),
+        ({"prompts": [[1]], "top_log_probs": V + 1}, "top_log_probs: must be between 0 and 60"),
+        ({"prompts": [[1]], "overflow": "wrap"}, "overflow: must be refuse, crop or slide"),
         ({"prompts": [[1]], "slots": 0}, "slots: must be at least 1"),
         ({"prompts": [[1]], "key": np.zeros(2, np.uint32)}, "key: expected one typed key"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxlm.sample import penalties
 
@@ -31,6 +33,57 @@ def test_bias_adds_and_ban_removes():
     assert np.array_equal(got, [[-np.inf, -2.0, 1.0, 1.0], [4.0, 3.25, -1.0, 0.5]])
     got = penalties.ban(X, ids, jnp.array([True, False]))
     assert np.array_equal(got, [[-np.inf, -2.0, 1.0, -np.inf], X[1]])
+
+
+def test_no_stop_before_the_least_length():
+    stop_ids = jnp.array([[3, -1], [0, 1]])
+    got = penalties.min_new_tokens(X, stop_ids, jnp.array([2, 2]), jnp.array([2, 3]))
+    assert np.array_equal(got, [X[0], [-np.inf, -np.inf, -1.0, 0.5]])
+
+
+def banned_after(ids, n):
+    """By looking up every n-gram of the list."""
+    if n == 0 or len(ids) < n:
+        return set()
+    prefix = ids[len(ids) - n + 1 :]
+    return {ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == prefix}
+
+
+def histories(rows, width, vocab, seed):
+    rng = np.random.default_rng(seed)
+    lists = [rng.integers(0, vocab, rng.integers(0, width + 1)).tolist() for _ in range(rows)]
+    lists[0], lists[1] = [2] * width, []
+    return lists, np.array([ids + [-1] * (width - len(ids)) for ids in lists], np.int32)
+
+
+def test_no_ngram_comes_twice():
+    rows, width, vocab = 200, 12, 3
+    lists, padded = histories(rows, width, vocab, 0)
+    n = np.arange(rows) % 7
+    n[-1] = 2**31 - 1
+    x = np.random.default_rng(1).normal(size=(rows, vocab)).astype(np.float32)
+    out = np.asarray(jax.jit(penalties.no_repeat_ngram)(x, padded, n))
+    for row in range(rows):
+        want = x[row].copy()
+        want[list(banned_after(lists[row], n[row]))] = -np.inf
+        assert np.array_equal(out[row], want), (lists[row], n[row])
+    assert np.isneginf(out).any(1).sum() > 50  # the lists do repeat themselves
+    assert np.array_equal(penalties.no_repeat_ngram(x[5], padded[5], 5), out[5])
+    assert np.array_equal(penalties.no_repeat_ngram(x, padded[:, :0], 2), x)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_ngrams_are_banned_as_by_transformers(n):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    lists, padded = histories(40, 30, 4, n)
+    x = np.random.default_rng(n).normal(size=(40, 4)).astype(np.float32)
+    ours = np.asarray(penalties.no_repeat_ngram(jnp.asarray(x), jnp.asarray(padded), n))
+    processor = transformers.NoRepeatNGramLogitsProcessor(n)
+    for row, ids in enumerate(lists):
+        if ids:
+            theirs = processor(torch.tensor([ids]), torch.from_numpy(x[row : row + 1].copy())).numpy()[0]
+            assert np.array_equal(ours[row], theirs), ids
 
 
 def test_one_row_works_as_a_batch_does():

@@ -11,22 +11,42 @@ from jaxlm.errors import InputError
 from jaxlm.sample import filter_logits, sample_token
 
 ROWS, VOCAB = 64, 1000
-OPTIONS = ("temperature", "top_k", "top_p", "min_p")
+BAD = {3: "nan", 4: "negative nan", 6: "all -inf", 8: "negative temperature", 40: "nan", 45: "all -inf", 50: "nan p"}
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    """Rows of mixed options and what was drawn from them; in the second half every k is small."""
+def requests():
+    """Rows of mixed options; in the second half every k is small."""
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(ROWS, VOCAB)) * rng.choice([0.1, 2, 5], (ROWS, 1))).astype(np.float32)
     x[::5] = np.round(x[::5])
     x[1::5, 100:] = -np.inf
     options = {
         "temperature": rng.choice([0, 0.7, 1, 1.3], ROWS).astype(np.float32),
-        "top_k": np.where(np.arange(ROWS) < 32, rng.choice([0, 3, 300], ROWS), rng.choice([1, 5, 20], ROWS)),
+        "top_k": np.where(np.arange(ROWS) < 32, rng.choice([0, 3, 300, 5000], ROWS), rng.choice([1, 5, 20], ROWS)),
         "top_p": rng.choice([0.5, 0.9, 1], ROWS).astype(np.float32),
         "min_p": rng.choice([0, 0, 0.1], ROWS).astype(np.float32),
+        "typical_p": rng.choice([0.3, 0.8, 1, 1], ROWS).astype(np.float32),
     }
+    return x, options
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Keys, rows some of which are bad, their options, and what was drawn from them."""
+    x, options = requests()
+    for row, what in BAD.items():
+        match what:
+            case "nan":
+                x[row, 17] = np.nan
+            case "negative nan":
+                x[row, 0] = np.copysign(np.nan, -1)
+            case "all -inf":
+                x[row] = -np.inf
+            case "negative temperature":
+                options["temperature"][row] = -1
+            case "nan p":
+                options["typical_p"][row] = np.nan
+    options["temperature"][3] = 0.0  # NaN is no greedy token either
     keys = jax.random.split(jax.random.key(1), ROWS)
     return keys, x, options, np.asarray(sample_token(keys, x, **options, window=0))
 
@@ -40,6 +60,8 @@ def test_is_the_inverse_cdf_in_vocabulary_order(drawn):
     kept = np.asarray(filter_logits(x, **options)).astype(np.float64)
     u = np.asarray(jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys)) / 2**32
     for row in range(ROWS):
+        if row in BAD:
+            continue
         prob = np.exp(kept[row] - kept[row].max())
         cumulative = np.cumsum(prob) / prob.sum()
         want = int(np.argmax(cumulative > u[row]))
@@ -56,19 +78,23 @@ def test_the_window_draws_the_same(drawn):
 
 def test_a_row_alone_is_a_row_of_a_batch_and_of_vmap(drawn):
     keys, x, options, tokens = drawn
-    for row in range(0, ROWS, 3):
+    for row in (*range(0, ROWS, 3), *BAD):
         assert int(sample_token(keys[row], x[row], **pick(options, row))) == tokens[row]
     mapped = jax.vmap(lambda key, row, options: sample_token(key, row, **options))(keys, x, options)
     assert np.array_equal(np.asarray(mapped), tokens)
 
 
-def test_frequencies_are_the_probabilities():
-    n, logits = 40_000, np.array([0.0, 1.0, -2.0, 0.5, 3.0, -np.inf, 0.5], np.float32)
-    keys = jax.random.split(jax.random.key(7), n)
-    tokens = np.asarray(sample_token(keys, np.broadcast_to(logits, (n, 7)), temperature=1.5))
+def test_frequencies_are_the_probabilities(drawn):
+    # At the shape of the other tests, since compiling costs more than drawing.
+    calls, logits = 200, np.full(VOCAB, -np.inf, np.float32)
+    places = np.array([0, 3, 511, 512, 700, 998, 999])
+    logits[places] = [0.0, 1.0, -2.0, 0.5, 3.0, -np.inf, 0.5]
+    rows = np.broadcast_to(logits, (ROWS, VOCAB))
+    keys = jax.random.split(jax.random.key(7), (calls, ROWS))
+    tokens = np.stack([sample_token(k, rows, temperature=1.5, window=0) for k in keys]).ravel()
     prob = np.exp(logits.astype(np.float64) / 1.5)
-    expected = n * prob / prob.sum()
-    counts = np.bincount(tokens, minlength=7)
+    expected = len(tokens) * prob / prob.sum()
+    counts = np.bincount(tokens, minlength=VOCAB)
     possible = expected > 0
     assert counts[~possible].sum() == 0
     statistic = (((counts - expected) ** 2)[possible] / expected[possible]).sum()
@@ -76,20 +102,18 @@ def test_frequencies_are_the_probabilities():
 
 
 def test_rows_without_a_distribution_are_flagged_and_harm_nobody(drawn):
-    keys, x, options, tokens = drawn
-    x = x.copy()
-    x[3, 17], x[4, 0], x[6] = np.nan, np.copysign(np.nan, -1), -np.inf
-    temperature = options["temperature"].copy()
-    temperature[[3, 8]] = 0.0, -1.0
-    out = np.asarray(sample_token(keys, x, **{**options, "temperature": temperature}, window=0))
-    bad = [3, 4, 6, 8]
-    assert out[bad].tolist() == [-1] * 4
-    assert np.array_equal(np.delete(out, bad), np.delete(tokens, bad))
+    keys, _, _, tokens = drawn
+    clean, options = requests()
+    options["temperature"][3] = 0.0
+    good = np.asarray(sample_token(keys, clean, **options, window=0))
+    bad = list(BAD)
+    assert tokens[bad].tolist() == [-1] * len(bad)
+    assert (good >= 0).all()
+    assert np.array_equal(np.delete(tokens, bad), np.delete(good, bad))
 
 
 def test_all_greedy_is_the_first_largest(drawn):
-    keys, x, _, _ = drawn
-    tied = np.round(x)
+    keys, tied = drawn[0], np.round(requests()[0])
     assert np.array_equal(sample_token(keys, tied, temperature=0, window=0), tied.argmax(-1))
 
 

@@ -1,0 +1,294 @@
+"""Continuous batching: a fixed number of slots that requests enter and leave while the others go on.
+
+    state = init(cfg, params, slots=8, capacity=1024, n_new=256)
+    state = insert(cfg, params, state, slot, Request(prompt, 100), index=0)     # others keep their places
+    state = step(cfg, params, state, 16)                                        # up to 16 tokens, or until one ends
+    answer = harvest(state, slot)
+    state = free(state, slot)
+
+`EngineState` is a pytree; these functions return a new one and use up the buffers of the old one. `jaxlm.sample.serve`
+is the loop around them.
+
+A prompt is prefilled alone, at its own power-of-two width, and its row is then copied into the slot. So with one number
+of slots, one capacity and one n_new, a request gets the same bits in any slot, with any neighbours, in any order of
+arrival. They are those of `generate` but for the rounding of its other shapes: it prefills `slots` rows together and
+has a cache of another length.
+
+Compilations: `step` once, `insert` once for each power of two of prompt length; both again when a request has more stop
+ids or biased and banned ids than any before, by powers of two from 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
+from jaxlm.model import Params
+from jaxlm.sample import decode as decoding
+from jaxlm.sample import requests as asking
+from jaxlm.sample.generate import Generation, _read, _with_text
+from jaxlm.sample.options import Sampling
+from jaxlm.sample.requests import Decodes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one request asks for.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: at least 1.
+        sampling: its options.
+        stop_ids: ids that end the answer.
+        stop: strings that end the answer; `serve` looks for them, with a tokenizer.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+
+class EngineState(NamedTuple):
+    """All slots.
+
+    Attributes:
+        requests: what the rows were asked for, one row a slot.
+        rows: where they stand; a slot without a request has finished.
+        used: bool[B], the slot holds a request, running or not yet freed.
+        idle: `requests` of one row, which free slots hold: options that cost nothing.
+    """
+
+    requests: decoding.Requests
+    rows: decoding.State
+    used: jax.Array
+    idle: decoding.Requests
+
+    @property
+    def slots(self) -> int:
+        """B."""
+        return self.used.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row holds, prompt and answer."""
+        return self.requests.prompt.shape[1]
+
+    @property
+    def n_new(self) -> int:
+        """Tokens that an answer may have."""
+        return self.rows.tokens.shape[1]
+
+
+def init(
+    cfg: ModelConfig,
+    params: Params,
+    *,
+    slots: int,
+    capacity: int,
+    n_new: int,
+    key: jax.Array | None = None,
+    n_vocab: int | None = None,
+) -> EngineState:
+    """An engine without requests.
+
+    Args:
+        cfg: the model.
+        params: from `prepare`.
+        slots: B, requests that decode together.
+        capacity: tokens that a slot holds, prompt and answer; at most cfg.max_seq_len.
+        n_new: tokens that an answer may have.
+        key: any key of the kind that requests will be inserted with.
+        n_vocab: ids from here on are padding of the vocabulary, never produced.
+
+    Raises:
+        InputError: a size below 1, or a capacity beyond the model's context.
+    """
+    for name, size in (("slots", slots), ("capacity", capacity), ("n_new", n_new)):
+        if size < 1:
+            raise InputError(f"{name}: must be at least 1, found {size}.")
+    if capacity > cfg.max_seq_len and cfg.kind != "bigram":
+        raise InputError(f"capacity: must be at most the model's context of {cfg.max_seq_len}, found {capacity}.")
+    nobody = asking.Request(0, [0], Sampling(temperature=0), 1)
+    idle = asking.pack([nobody], 1, capacity, asking.check_key(key), (), n_vocab or cfg.vocab_size)
+    shapes = jax.eval_shape(
+        partial(decoding.prefill, capacity=capacity, n_new=n_new),
+        cfg, params, jax.ShapeDtypeStruct((slots, min(16, capacity)), jnp.int32),
+    )  # fmt: skip
+    rows = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return EngineState(
+        requests=jax.tree.map(lambda leaf: jnp.repeat(leaf, slots, axis=0) if leaf.ndim else jnp.copy(leaf), idle),
+        rows=rows._replace(finished=jnp.full(slots, decoding.LENGTH, jnp.int32)),
+        used=jnp.zeros(slots, bool),
+        idle=jax.tree.map(jnp.copy, idle),
+    )
+
+
+def insert(
+    cfg: ModelConfig,
+    params: Params,
+    state: EngineState,
+    slot: int,
+    request: Request,
+    *,
+    index: int = 0,
+    key: jax.Array | None = None,
+) -> EngineState:
+    """Prefills a request and puts it into a free slot. Uses up `state`.
+
+    Args:
+        cfg: the model.
+        params: from `prepare`.
+        state: the engine.
+        slot: 0 .. B-1.
+        request: what to continue, and how. Its `stop` strings are for `serve`.
+        index: the request's number, which its draws depend on as in `generate`.
+        key: typed PRNG key of the call, as in `generate`.
+
+    Raises:
+        InputError: a slot in use or out of range, or a request that is wrong or too long for the engine.
+    """
+    _in_range(state, slot)
+    if bool(state.used[slot]):
+        raise InputError(f"slot: {slot} is in use; harvest and free it first, or take another.")
+    (row,) = checked(cfg, [request], state.capacity, state.n_new)
+    row = replace(row, index=index)
+    asked = asking.pack([row], 1, asking.width(cfg, row), asking.check_key(key), tuple(request.stop_ids), 0)
+    return _insert(cfg, params, _widened(state, asked), np.int32(slot), asked)
+
+
+@partial(jax.jit, donate_argnames="state")
+def _insert(
+    cfg: ModelConfig, params: Params, state: EngineState, slot: jax.Array, asked: decoding.Requests
+) -> EngineState:
+    one = decoding.prefill(cfg, params, asked.prompt, capacity=asked.prompt.shape[1], n_new=state.n_new)
+    put = partial(_put, slot=slot)
+    return state._replace(
+        requests=jax.tree.map(put, state.requests, asked),
+        rows=jax.tree.map(put, state.rows, one),
+        used=state.used.at[slot].set(True),
+    )
+
+
+@partial(jax.jit, donate_argnames="state")
+def step(cfg: ModelConfig, params: Params, state: EngineState, n: jax.Array | int) -> EngineState:
+    """Up to n more tokens for every running slot, fewer when one of them ends: its slot can be used again at once."""
+    running = state.rows.finished == decoding.RUNNING
+
+    def goes_on(carry: tuple[jax.Array, decoding.State]) -> jax.Array:
+        left, rows = carry
+        return (left > 0) & running.any() & ((rows.finished == decoding.RUNNING) == running).all()
+
+    def body(carry: tuple[jax.Array, decoding.State]) -> tuple[jax.Array, decoding.State]:
+        left, rows = carry
+        return left - 1, decoding.decode_step(cfg, params, state.requests, rows)
+
+    return state._replace(rows=lax.while_loop(goes_on, body, (jnp.asarray(n, jnp.int32), state.rows))[1])
+
+
+def harvest(state: EngineState, slot: int, *, tokenizer: Decodes | None = None, stop: Sequence[str] = ()) -> Generation:
+    """The answer in a slot whose request has ended.
+
+    Raises:
+        InputError: the slot is free, or its request still runs.
+    """
+    _in_range(state, slot)
+    if not bool(state.used[slot]):
+        raise InputError(f"slot: {slot} holds no request.")
+    if int(state.rows.finished[slot]) == decoding.RUNNING:
+        raise InputError(f"slot: the request in {slot} still runs; step until it ends.")
+    rows = state.rows
+    arrays = (rows.tokens, rows.log_probs, rows.n_new, rows.finished, rows.top_tokens, rows.top_log_probs)
+    done = _read(*(np.asarray(array[slot]) for array in arrays))
+    stop_ids = tuple(np.asarray(state.requests.stop_ids[slot]).tolist())
+    return _with_text(done, tuple(stop), stop_ids, tokenizer)
+
+
+def free(state: EngineState, slot: int) -> EngineState:
+    """Empties a slot, whether its request has ended or not.
+
+    Raises:
+        InputError: there is no such slot.
+    """
+    _in_range(state, slot)
+    return _free(state, np.int32(slot))
+
+
+@partial(jax.jit, donate_argnames="state")
+def _free(state: EngineState, slot: jax.Array) -> EngineState:
+    return state._replace(
+        requests=jax.tree.map(partial(_put, slot=slot), state.requests, state.idle),
+        rows=state.rows._replace(finished=state.rows.finished.at[slot].set(decoding.LENGTH)),
+        used=state.used.at[slot].set(False),
+    )
+
+
+def checked(
+    cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None
+) -> list[asking.Request]:
+    """The requests as `generate` holds them.
+
+    Raises:
+        InputError: one is wrong in itself, or too long for a slot of `capacity` tokens, `n_new` of them new.
+    """
+    rows = asking.check(
+        cfg,
+        [r.prompt for r in requests],
+        [r.sampling for r in requests],
+        [r.max_new_tokens for r in requests],
+        "refuse",
+    )
+    for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
+        if capacity is not None and len(row.prompt) + row.max_new > capacity:
+            raise InputError(
+                f"prompt {i}: {len(row.prompt)} tokens and {row.max_new} new ones exceed a slot's capacity of "
+                f"{capacity}."
+            )
+        if n_new is not None and row.max_new > n_new:
+            raise InputError(f"max_new_tokens: {row.max_new} exceeds a slot's room for {n_new} new tokens.")
+        asking.check_ends(cfg, (), request.stop_ids, None)
+    return rows
+
+
+def _in_range(state: EngineState, slot: int) -> None:
+    if not 0 <= slot < state.slots:
+        raise InputError(f"slot: must be 0 to {state.slots - 1}, found {slot}.")
+
+
+def _widened(state: EngineState, asked: decoding.Requests) -> EngineState:
+    """The engine with room for the request's lists of ids."""
+
+    def wide(leaf: jax.Array, one: jax.Array) -> jax.Array:
+        shape = (*leaf.shape[:1], *(max(a, b) for a, b in zip(leaf.shape[1:], one.shape[1:], strict=True)))
+        return leaf if shape == leaf.shape else _fitted(leaf, shape)
+
+    asked = asked._replace(prompt=state.idle.prompt)  # cut to the capacity
+    return state._replace(
+        requests=jax.tree.map(wide, state.requests, asked), idle=jax.tree.map(wide, state.idle, asked)
+    )
+
+
+def _put(whole: jax.Array, one: jax.Array, *, slot: jax.Array | int) -> jax.Array:
+    """`whole` with the only row of `one` as row `slot`, padded; all of the row, for a NaN left in it would spread."""
+    if not whole.ndim or not whole.size:  # what all rows share, and a bigram's empty cache
+        return whole
+    return lax.dynamic_update_index_in_dim(whole, _fitted(one, (1, *whole.shape[1:])), slot, axis=0)
+
+
+def _fitted(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Cut or padded to `shape`; ids are padded with -1."""
+    if leaf.shape == shape:
+        return leaf
+    leaf = leaf[tuple(slice(size) for size in shape)]
+    fill: Any = -1 if jnp.issubdtype(leaf.dtype, jnp.signedinteger) else 0
+    return jnp.pad(leaf, [(0, want - have) for have, want in zip(leaf.shape, shape, strict=True)], constant_values=fill)

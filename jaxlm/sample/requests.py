@@ -1,0 +1,230 @@
+"""Requests on the host: checked, put into groups of one compiled shape, and packed into arrays."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import jax
+import numpy as np
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
+from jaxlm.sample import decode as decoding
+from jaxlm.sample.options import Sampling
+
+SMALLEST_BUCKET = 16
+Overflow = Literal["refuse", "crop", "slide"]
+
+
+class Decodes(Protocol):
+    """What `generate` needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be written.
+
+    Attributes:
+        index: number of its prompt in the call.
+        prompt: ids, as many as the model is to see.
+        sampling: its options.
+        max_new: tokens wanted at most.
+        sample: number among the answers to one prompt.
+        slides: prompt and answer may exceed the context, so the window is to slide.
+    """
+
+    index: int
+    prompt: list[int]
+    sampling: Sampling
+    max_new: int
+    sample: int = 0
+    slides: bool = False
+
+
+def bucket(n: int) -> int:
+    """The power of two that a length is padded to, at least 16."""
+    return max(SMALLEST_BUCKET, 1 << max(n - 1, 0).bit_length())
+
+
+def width(cfg: ModelConfig, request: Request) -> int:
+    """What the request's prompt is padded to: a power of two, or the context."""
+    return min(bucket(len(request.prompt)), cfg.max_seq_len)
+
+
+def kept(cfg: ModelConfig) -> int:
+    """Tokens that a sliding window goes on with when it is full: half of the context."""
+    return max(cfg.max_seq_len // 2, 1)
+
+
+def check(
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None,
+    max_new_tokens: int | Sequence[int],
+    overflow: str,
+    n: int = 1,
+) -> list[Request]:
+    """One request for each of the `n` samples of every prompt, prompt by prompt. See `generate` for the arguments.
+
+    Raises:
+        InputError: what is wrong, with the number of the prompt.
+    """
+    if overflow not in ("refuse", "crop", "slide"):
+        raise InputError(f"overflow: must be refuse, crop or slide, found {overflow!r}.")
+    if n < 1:
+        raise InputError(f"n: must be at least 1 sample of each prompt, found {n}.")
+    each = len(prompts)
+    options = [sampling or Sampling()] * each if sampling is None or isinstance(sampling, Sampling) else list(sampling)
+    wanted = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * each
+    for name, given in (("sampling", options), ("max_new_tokens", wanted)):
+        if len(given) != each:
+            raise InputError(f"{name}: {len(given)} given for {each} prompts; give one, or one for each.")
+    out = []
+    for i, (prompt, option, max_new) in enumerate(zip(prompts, options, wanted, strict=True)):
+        ids = _ids(cfg, i, prompt)
+        for token in option.edits:
+            if token >= cfg.vocab_size:
+                raise InputError(f"sampling {i}: id {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
+        if max_new < 1:
+            raise InputError(f"max_new_tokens: must be at least 1, found {max_new}.")
+        too_long = len(ids) + max_new > cfg.max_seq_len
+        if too_long and (overflow == "refuse" or (overflow == "crop" and max_new >= cfg.max_seq_len)):
+            raise InputError(
+                f"prompt {i}: {len(ids)} tokens and {max_new} new ones exceed the model's context of "
+                f"{cfg.max_seq_len}; shorten one of them, or pass overflow='crop' to drop the prompt's start, or "
+                "'slide' to go on with the last tokens when the context is full."
+            )
+        if too_long and overflow == "crop":
+            ids = ids[len(ids) + max_new - cfg.max_seq_len :]
+        elif len(ids) > cfg.max_seq_len:
+            ids = ids[-kept(cfg) :]
+        slides = len(ids) + max_new > cfg.max_seq_len
+        out += [Request(i, ids, option, int(max_new), sample, slides) for sample in range(n)]
+    return out
+
+
+def _ids(cfg: ModelConfig, i: int, prompt: Sequence[int]) -> list[int]:
+    if isinstance(prompt, str):
+        raise InputError(f"prompt {i}: expected token ids, found text; encode it with the tokenizer first.")
+    ids = [operator.index(token) for token in prompt]
+    if not ids:
+        raise InputError(f"prompt {i}: is empty; give it at least one token, such as the end-of-text id.")
+    for token in ids:
+        if not 0 <= token < cfg.vocab_size:
+            raise InputError(f"prompt {i}: id {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
+    return ids
+
+
+def check_ends(
+    cfg: ModelConfig, stop: str | Sequence[str], stop_ids: Sequence[int], tokenizer: Decodes | None
+) -> tuple[str, ...]:
+    """The stop strings.
+
+    Raises:
+        InputError: a stop string that is empty or has no tokenizer, or a stop id outside the vocabulary.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise InputError("stop: a stop string is empty; remove it.")
+    if stops and tokenizer is None:
+        raise InputError("stop: stop strings need a tokenizer; pass tokenizer=, or stop_ids= instead.")
+    for token in stop_ids:
+        if not 0 <= token < cfg.vocab_size:
+            raise InputError(f"stop_ids: {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
+    return stops
+
+
+def check_key(key: jax.Array | None) -> jax.Array:
+    """The call's key; `jax.random.key(0)` for None.
+
+    Raises:
+        InputError: it is not one typed key.
+    """
+    key = jax.random.key(0) if key is None else key
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        raise InputError(f"key: expected one typed key (jax.random.key), found {key.dtype} of shape {key.shape}.")
+    return key
+
+
+def groups(cfg: ModelConfig, requests: list[Request], slots: int) -> list[list[Request]]:
+    """Requests of one compiled shape, at most `slots` together. A request's shape is its own, never its neighbours'."""
+    by_shape: dict[tuple[bool, int, int], list[Request]] = {}
+    for request in requests:
+        by_shape.setdefault((request.slides, width(cfg, request), bucket(request.max_new)), []).append(request)
+    return [
+        group[start : start + slots] for _, group in sorted(by_shape.items()) for start in range(0, len(group), slots)
+    ]
+
+
+def pack(
+    group: list[Request], slots: int, width: int, key: jax.Array, stop_ids: tuple[int, ...], n_vocab: int
+) -> decoding.Requests:
+    """The group's arrays, filled up with rows that are not in use.
+
+    Args:
+        group: requests, at most `slots`.
+        slots: B.
+        width: T, what prompts are padded to.
+        key: the call's.
+        stop_ids: ids that end an answer.
+        n_vocab: ids from here on are never produced.
+    """
+    prompt = np.full((slots, width), -1, np.int32)
+    for row, request in enumerate(group):
+        prompt[row, : len(request.prompt)] = request.prompt
+    rows = group + [Request(0, [], Sampling(), 1)] * (slots - len(group))
+
+    def column(name: str, dtype: type = np.float32) -> np.ndarray:
+        return np.array([getattr(r.sampling, name) for r in rows], dtype)
+
+    shape = (slots, bucket(max(len(r.sampling.edits) for r in rows)))
+    edit_ids, edit_values = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    for row, r in enumerate(rows):
+        for i, (token, value) in enumerate(r.sampling.edits.items()):
+            edit_ids[row, i], edit_values[row, i] = token, value
+    stops = np.full((slots, bucket(len(stop_ids))), -1, np.int32)
+    stops[:, : len(stop_ids)] = stop_ids
+
+    arrays = {
+        "prompt": prompt,
+        "max_new": np.array([r.max_new for r in rows], np.int32),
+        "min_new": column("min_new_tokens", np.int32),
+        "temperature": column("temperature"),
+        "top_k": column("top_k", np.int32),
+        "top_p": column("top_p"),
+        "min_p": column("min_p"),
+        "typical_p": column("typical_p"),
+        "repetition": column("repetition_penalty"),
+        "presence": column("presence_penalty"),
+        "frequency": column("frequency_penalty"),
+        "no_repeat_ngram": column("no_repeat_ngram", np.int32),
+        "edit_ids": edit_ids,
+        "edit_values": edit_values,
+        "stop_ids": stops,
+        "n_vocab": np.int32(n_vocab),
+    }
+    return decoding.Requests(key=_keys(rows, key), **jax.device_put(arrays))
+
+
+def _keys(rows: list[Request], key: jax.Array) -> jax.Array:
+    index = np.array([r.index for r in rows], np.uint32)
+    seed = np.array([r.sampling.seed or 0 for r in rows], np.uint32)
+    sample = np.array([r.sample for r in rows], np.uint32)
+    return _fold_all(key, index, seed, np.array([r.sampling.seed is not None for r in rows]), sample)
+
+
+@jax.jit
+def _fold_all(key: jax.Array, index: jax.Array, seed: jax.Array, seeded: jax.Array, sample: jax.Array) -> jax.Array:
+    own = jax.vmap(lambda s: jax.random.key(s, impl=jax.random.key_impl(key)))(seed)
+    shared = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+    first = jax.vmap(jax.numpy.where)(seeded, own, shared)
+    # From the top of the range, which no position reaches; the first sample is the one that n = 1 would give.
+    return jax.vmap(jax.numpy.where)(sample > 0, jax.vmap(jax.random.fold_in)(first, 0 - sample), first)

@@ -1,0 +1,205 @@
+"""Continuous batching against `generate`, against itself in other orders, and what must not leak between requests."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
+from jaxlm.model import init
+from jaxlm.sample import Sampling, engine, generate, prepare
+from jaxlm.sample.engine import Request
+from jaxlm.sample.serve import serve
+
+QUICK_COMPILE = True
+
+V = 60
+# D = 256: XLA computes a one-row product differently from a row of several only from D = 128 on. Token ids and keys
+# that lie one place on must travel with a row.
+CFG = ModelConfig(
+    vocab_size=V, n_layers=1, d_model=256, n_heads=4, n_kv_heads=2, max_seq_len=64, tie_embeddings=False, embed_mix=2,
+    key_offset=True,
+)  # fmt: skip
+SLOTS, CAPACITY, ROOM = 4, 48, 16
+
+
+class Letters:
+    """Ids 0 .. 25 are the letters; later ids of the model's vocabulary are padding."""
+
+    vocab_size = 26
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def params():
+    scaled = jax.jit(lambda key: jax.tree.map(lambda w: w * 2, init(CFG, key)))(jax.random.key(0))
+    return prepare(CFG, scaled)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """More than slots, ragged, each with options of its own."""
+    rng = np.random.default_rng(1)
+    options = [
+        Sampling(temperature=0), Sampling(), Sampling(temperature=0.8, top_p=0.9), Sampling(seed=7, top_k=5),
+        Sampling(repetition_penalty=1.4, frequency_penalty=0.3), Sampling(min_p=0.05, banned_ids=(3, 4)),
+        Sampling(logit_bias={9: 2.0}, min_new_tokens=4), Sampling(temperature=1.3, seed=2),
+        Sampling(presence_penalty=1.0),
+    ]  # fmt: skip
+    lengths, wanted = (11, 1, 17, 30, 5, 16, 8, 2, 25), (16, 5, 12, 9, 1, 14, 7, 16, 3)
+    return [
+        Request(rng.integers(0, V, n).tolist(), new, sampling, stop_ids=(50, 51))
+        for n, new, sampling in zip(lengths, wanted, options, strict=True)
+    ]
+
+
+def run(params, requests, **more):
+    return dict(serve(CFG, params, requests, **{"slots": SLOTS, "capacity": CAPACITY, "n_new": ROOM, **more}))
+
+
+@pytest.fixture(scope="module")
+def answers(params, requests):
+    return run(params, requests)
+
+
+def test_answers_are_those_of_generate(params, requests, answers):
+    want = generate(
+        CFG, params, [r.prompt for r in requests], sampling=[r.sampling for r in requests],
+        max_new_tokens=[r.max_new_tokens for r in requests], stop_ids=(50, 51), slots=SLOTS,
+    )  # fmt: skip
+    assert len(answers) == len(requests) > SLOTS
+    assert {g.finish_reason for g in want} == {"stop", "length"}
+    for i, expected in enumerate(want):
+        assert (answers[i].tokens, answers[i].finish_reason) == (expected.tokens, expected.finish_reason)
+        np.testing.assert_allclose(answers[i].log_probs, expected.log_probs, atol=1e-4)
+
+
+def test_order_slots_and_neighbours_change_no_bit_and_compile_nothing(params, requests, answers, compiled):
+    """Request i keeps its number, and with it its key; slots and orders are drawn at random."""
+    before = [compiled.count(name) for name in ("step", "_insert", "_free")]
+    rng = np.random.default_rng(2)
+    for _ in range(3):
+        state = engine.init(CFG, params, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+        order, held = rng.permutation(len(requests)).tolist(), {}
+        while order or held:
+            free = [slot for slot in range(SLOTS) if slot not in held]
+            for slot in rng.permutation(free)[: rng.integers(0 if held else 1, len(free) + 1)].tolist():
+                if order:
+                    held[slot] = order.pop()
+                    state = engine.insert(CFG, params, state, slot, requests[held[slot]], index=held[slot])
+            state = engine.step(CFG, params, state, int(rng.integers(1, 6)))
+            for slot in [slot for slot in held if state.rows.finished[slot]]:
+                assert engine.harvest(state, slot) == answers[held.pop(slot)]
+                state = engine.free(state, slot)
+    assert [compiled.count(name) for name in ("step", "_insert", "_free")] == before
+
+
+def test_a_step_ends_with_the_first_request_that_does(params, requests):
+    state = engine.init(CFG, params, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    for slot, (prompt, n) in enumerate((([1], 9), ([2, 3], 4))):
+        state = engine.insert(CFG, params, state, slot, Request(prompt, n, Sampling(temperature=0)))
+    state = engine.step(CFG, params, state, 100)
+    assert state.rows.n_new[:2].tolist() == [4, 4]
+    assert state.rows.finished[:2].tolist() == [0, 2]
+    state = engine.step(CFG, params, state, 100)
+    assert state.rows.n_new[:2].tolist() == [9, 4]
+
+
+def test_a_nan_ends_its_own_request_only_and_leaves_nothing_behind(params):
+    poisoned = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"].at[59].set(jnp.nan)}}
+    mine = Sampling(seed=1, banned_ids=(59,))
+    clean = [Request([1, 2, 3], 8, mine), Request([4, 5], 8, mine)]
+    want = run(params, clean)
+    nan = Request([6, 59, 7], 8, mine)
+    got = run(poisoned, [nan, clean[0], nan, nan, clean[1]])  # the last one gets a row that held a NaN
+    assert all((got[i].finish_reason, got[i].tokens) == ("error", []) for i in (0, 2, 3))
+    assert [got[1], got[4]] == [want[0], want[1]]
+
+
+def test_stop_strings_and_text(params):
+    mine = Sampling(seed=3)
+    (whole,) = run(params, [Request([1, 2], 16, mine)], tokenizer=Letters()).values()
+    assert whole.text == Letters().decode(whole.tokens)
+    assert len(whole.tokens) == 16
+    stop = whole.text[8:11]
+    place = whole.text.index(stop)
+    several = [Request([1, 2], 16, mine, stop=("!", stop)), Request([1, 2], 16, mine), Request([1, 2], 4, mine)]
+    got = run(params, several, tokenizer=Letters(), steps=3)
+    assert (got[0].text, got[0].finish_reason) == (whole.text[:place], "stop")
+    assert got[0].tokens == whole.tokens[: place + 3]
+    assert (got[1], got[2].tokens) == (whole, whole.tokens[:4])
+
+
+def test_more_stop_ids_than_any_before_make_room(params, answers, requests):
+    many = Request(requests[0].prompt, 16, requests[0].sampling, stop_ids=tuple(range(20, 45)))
+    got = run(params, [*requests[:3], many])
+    assert [got[i] for i in range(3)] == [answers[i] for i in range(3)]
+    tokens = answers[0].tokens
+    first = next((i for i, token in enumerate(tokens) if 20 <= token < 45), len(tokens))
+    assert got[3].tokens == tokens[: first + 1]
+
+
+def test_an_iterator_is_taken_from_as_slots_come_free(params, requests, answers):
+    taken = []
+
+    def arriving():
+        for i, request in enumerate(requests[:6]):
+            taken.append(i)
+            yield request
+
+    out = serve(CFG, params, arriving(), slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    assert taken == []
+    first, _ = next(out)
+    assert taken == [0, 1, 2, 3]
+    assert sorted([first, *(i for i, _ in out)]) == list(range(6))
+
+    wrong = iter([requests[0], Request([], 3), requests[1]])
+    out = serve(CFG, params, wrong, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    assert next(out) == (0, answers[0])  # answered before the fault is reported
+    with pytest.raises(InputError, match="request 1: prompt 0: is empty"):
+        next(out)
+
+
+def test_a_bigram_has_no_keys_to_copy():
+    cfg = ModelConfig(kind="bigram", vocab_size=5)
+    params = {"bigram": {"table": jnp.zeros((5, 5))}}
+    state = engine.init(cfg, params, slots=2, capacity=32, n_new=16)
+    state = engine.insert(cfg, params, state, 1, Request([1, 3], 2))
+    rows = state.rows
+    assert [leaf.tolist() for leaf in (rows.last, rows.cache.length, rows.finished)] == [[0, 3], [0, 1], [2, 0]]
+    assert engine.free(state, 1).used.tolist() == [False, False]
+    assert dict(serve(cfg, params, [], slots=3)) == {}
+
+
+def test_bad_use_is_one_clear_error(params):
+    state = engine.init(CFG, params, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    state = engine.insert(CFG, params, state, 1, Request([1], 2))
+    for slot, request, message in (
+        (1, Request([1], 2), "slot: 1 is in use"),
+        (4, Request([1], 2), "slot: must be 0 to 3, found 4"),
+        (0, Request([], 2), "is empty"),
+        (0, Request([1] * 40, 10), "exceed a slot's capacity of 48"),
+        (0, Request([1], 17), "exceeds a slot's room for 16"),
+        (0, Request([1], 2, stop_ids=(V,)), f"stop_ids: {V} is outside"),
+    ):
+        with pytest.raises(InputError, match=message):
+            engine.insert(CFG, params, state, slot, request)
+    for slot, message in ((0, "slot: 0 holds no request"), (1, "still runs")):
+        with pytest.raises(InputError, match=message):
+            engine.harvest(state, slot)
+    for sizes, message in (
+        ({"slots": 0}, "slots: must be at least 1"),
+        ({"capacity": 65}, "capacity: must be at most the model's context of 64"),
+        ({"requests": [Request([1], 2), Request([1] * 47, 2)]}, "prompt 1: .* exceed a slot's capacity"),
+        ({"requests": [Request([1], 2, stop=("a",))]}, "stop strings need a tokenizer"),
+        ({"requests": [Request([1], 2, stop=("",))], "tokenizer": Letters()}, "a stop string is empty"),
+        ({"requests": iter([Request([1], 2)]), "capacity": None}, "capacity: say how many"),
+        ({"steps": 0}, "steps: must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(params, **{"requests": [Request([1], 2)], **sizes})
