@@ -19,8 +19,11 @@ _HOME = {
     "init_cache": "jaxlm.model",
     "Sampling": "jaxlm.sample",
     "generate": "jaxlm.sample",
+    "load_hf": "jaxlm.interop",
+    "save_hf": "jaxlm.interop",
+    "load_gguf": "jaxlm.interop.gguf",
 }
-_MODULES = ("checkpoint", "config", "data", "evaluate", "model", "sample", "stages", "tokenizers", "train")
+_MODULES = ("checkpoint", "config", "data", "evaluate", "interop", "model", "sample", "stages", "tokenizers", "train")
 
 __all__ = [*_HOME, "__version__"]
 

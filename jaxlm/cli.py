@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import cyclopts
 from cyclopts import Parameter
 
-from jaxlm import __version__
+from jaxlm import __version__, cli_models
 from jaxlm.errors import InputError, JaxlmError, Preempted
 
 app = cyclopts.App(
@@ -19,6 +19,8 @@ app = cyclopts.App(
     help="Language models as pure JAX functions: train, resume, fine-tune, evaluate, sample.",
     result_action="return_value",
 )
+
+cli_models.register(app)
 
 Set = Annotated[
     list[str] | None, Parameter(name="--set", help="replace a setting, e.g. --set train.steps=500", negative="")
@@ -68,70 +70,6 @@ def _chain(config: str, overrides: list[str] | None, root: Path, *, last: str) -
 
     cfg = load(config, tuple(overrides or []))
     run_chain(cfg if str(root) == "." else cfg.replace(root=str(root)), last=last, config_name=config)
-
-
-@app.command
-def sample(
-    run: str,
-    /,
-    *,
-    prompt: str = "",
-    max_new_tokens: int = 100,
-    n: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    root: Root = Path("."),
-) -> None:
-    """Continue a prompt with a trained model.
-
-    Parameters
-    ----------
-    run
-        A run's name, or the directory of a run, a stage or a checkpoint. A run's fine-tuned model comes first.
-    prompt
-        The text to continue.
-    max_new_tokens
-        Longest continuation.
-    n
-        How many continuations.
-    temperature
-        0 is greedy.
-    top_k
-        Keep the k most likely tokens; 0 is off.
-    top_p
-        Keep the most likely tokens that make up this share of the probability; 1 is off.
-    min_p
-        Keep tokens at least this share as likely as the most likely one.
-    seed
-        The same seed gives the same texts.
-    """
-    import jax
-
-    from jaxlm.sample import Sampling, generate, prepare
-    from jaxlm.stages import runs, saved
-    from jaxlm.stages.runner import say
-
-    options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    if n < 1:
-        raise InputError(f"--n {n}: ask for at least one continuation.")
-    found = saved.load(runs.resolve(run, root, stages=("sft", "pretrain")))
-    for note in found.notes:
-        print(note, file=sys.stderr)
-    tokenizer = found.tokenizer
-    eot = tokenizer.eot_id
-    asked = tokenizer.encode(prompt)
-    start = ([] if eot is None else [eot]) + asked
-    if not start:
-        raise InputError("--prompt: it is empty, and this model's tokenizer has no start of text; give a prompt.")
-    outs = generate(
-        found.cfg, prepare(found.cfg, found.params), [start] * n, sampling=options, max_new_tokens=max_new_tokens,
-        stop_ids=() if eot is None else (eot,), key=jax.random.key(seed), tokenizer=tokenizer,
-    )  # fmt: skip
-    for out in outs:
-        say(tokenizer.decode(asked + [token for token in out.tokens if token != eot]))
 
 
 @app.command

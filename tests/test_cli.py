@@ -16,7 +16,21 @@ from jaxlm.cli import app, main
 
 QUICK_COMPILE = True
 
-COMMANDS = ["pipeline", "prepare", "pretrain", "sft", "evaluate", "sample", "verify", "doctor"]
+COMMANDS = [
+    "pipeline",
+    "prepare",
+    "pretrain",
+    "sft",
+    "evaluate",
+    "sample",
+    "chat",
+    "inspect",
+    "import-hf",
+    "export-hf",
+    "bench",
+    "verify",
+    "doctor",
+]
 
 
 class Ended(NamedTuple):
@@ -63,7 +77,9 @@ def test_every_command_has_help(jaxlm, command):
     ended = jaxlm(command, "--help")
     assert (ended.code, ended.err) == (0, "")
     assert f"jaxlm {command}" in ended.out
-    first = (app[command].default_command.__doc__ or "").strip().splitlines()[0]
+    found = app[command]
+    text = found.default_command.__doc__ if found.default_command else found.help
+    first = (text or "").strip().splitlines()[0]
     assert first[:30] in " ".join(ended.out.split())
 
 

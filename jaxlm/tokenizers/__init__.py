@@ -4,6 +4,7 @@ from jaxlm.tokenizers.base import EOT, PAD, UNK, Tokenizer, stream_text
 from jaxlm.tokenizers.bpe import BytePairTokenizer, bpe
 from jaxlm.tokenizers.build import build
 from jaxlm.tokenizers.char import CharTokenizer, char
+from jaxlm.tokenizers.hf_json import HFTokenizer
 from jaxlm.tokenizers.load import load
 from jaxlm.tokenizers.named import NamedTokenizer, named
 from jaxlm.tokenizers.word import WordTokenizer, word
@@ -14,6 +15,7 @@ __all__ = [
     "UNK",
     "BytePairTokenizer",
     "CharTokenizer",
+    "HFTokenizer",
     "NamedTokenizer",
     "Tokenizer",
     "WordTokenizer",

@@ -13,10 +13,15 @@ from jaxlm.errors import DiskError, InputError
 from jaxlm.tokenizers.base import FILE_NAME, FORMAT, Tokenizer
 from jaxlm.tokenizers.bpe import BytePairTokenizer
 from jaxlm.tokenizers.char import CharTokenizer
+from jaxlm.tokenizers.hf_files import JSON, from_directory
+from jaxlm.tokenizers.hf_json import HFTokenizer
 from jaxlm.tokenizers.named import PUBLISHED, named
 from jaxlm.tokenizers.word import WordTokenizer
 
-_SAVED: dict[str, type[CharTokenizer | WordTokenizer | BytePairTokenizer]] = {
+SelfContained = CharTokenizer | WordTokenizer | BytePairTokenizer | HFTokenizer
+
+_SAVED: dict[str, type[SelfContained]] = {
+    "hf": HFTokenizer,
     "char": CharTokenizer,
     "word": WordTokenizer,
     "bpe": BytePairTokenizer,
@@ -28,7 +33,8 @@ def load(name_or_path: str | Path) -> Tokenizer:
 
     Args:
         name_or_path: "gpt2" or "cl100k_base" (a directory of that name is "./gpt2"); a directory that holds
-            `tokenizer.jaxlm.json`; or such a file.
+            `tokenizer.jaxlm.json` or a Hugging Face `tokenizer.json`; or such a file. Beside a `tokenizer.json`, the
+            model's other files say what the special tokens, the chat template and the stop ids are.
 
     Raises:
         InputError: there is nothing of that name, or the file is damaged; names the file and the field.
@@ -37,7 +43,11 @@ def load(name_or_path: str | Path) -> Tokenizer:
     if name_or_path in PUBLISHED:
         return named(str(name_or_path))
     path = Path(name_or_path)
+    if path.name == JSON and path.is_file():
+        return from_directory(path.parent)
     if path.is_dir():
+        if not (path / FILE_NAME).is_file() and (path / JSON).is_file():
+            return from_directory(path)
         path = path / FILE_NAME
     if not path.is_file():
         names = ", ".join(PUBLISHED)
@@ -74,9 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _self_contained(
-    path: Path, cls: type[CharTokenizer | WordTokenizer | BytePairTokenizer], content: dict[str, Any]
-) -> CharTokenizer | WordTokenizer | BytePairTokenizer:
+def _self_contained(path: Path, cls: type[SelfContained], content: dict[str, Any]) -> SelfContained:
     names = [field.name for field in fields(cls)]
     for name in [*names, *content]:
         if name not in content or name not in names:

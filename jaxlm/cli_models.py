@@ -1,0 +1,264 @@
+"""The commands that take a model: sample, chat, inspect, import-hf, export-hf, bench decode."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import cyclopts
+from cyclopts import Parameter
+
+from jaxlm.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxlm.chat import Loaded
+    from jaxlm.config import ModelConfig
+    from jaxlm.model import Params
+
+Root = Annotated[Path, Parameter(help="directory that holds store/ and runs/")]
+Model = Annotated[
+    str,
+    Parameter(
+        help="a run's name, the directory of a run, a stage or a checkpoint, a Hugging Face directory or owner/name, "
+        "or a .gguf file; of a run the fine-tuned model comes first"
+    ),
+]
+
+bench = cyclopts.App(name="bench", help="Measure this machine.")
+
+
+def _load(name: str, root: Path, *, prepared: bool = True) -> Loaded:
+    from jaxlm.chat import load_model
+
+    found = load_model(name, root, prepared=prepared)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    return found
+
+
+def sample(
+    model: Model,
+    /,
+    *,
+    prompt: str = "",
+    max_new_tokens: int = 100,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    root: Root = Path("."),
+) -> None:
+    """Continue a prompt; the text is written while it comes.
+
+    Parameters
+    ----------
+    prompt
+        The text to continue.
+    max_new_tokens
+        Longest continuation.
+    n
+        How many continuations.
+    temperature
+        0 is greedy.
+    top_k
+        Keep the k most likely tokens; 0 is off.
+    top_p
+        Keep the most likely tokens that make up this share of the probability; 1 is off.
+    min_p
+        Keep tokens at least this share as likely as the most likely one.
+    typical_p
+        Keep the tokens of most usual surprise that make up this share of the probability; 1 is off.
+    repetition_penalty
+        Above 1: tokens that came before become less likely.
+    seed
+        The same seed gives the same texts.
+    """
+    from jaxlm import chat as talk
+    from jaxlm.sample import Sampling
+
+    options = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+    )  # fmt: skip
+    if n < 1:
+        raise InputError(f"--n {n}: ask for at least one continuation.")
+    talk.sample(_load(model, root), prompt, n=n, max_new_tokens=max_new_tokens, sampling=options, seed=seed)
+
+
+def chat(
+    model: Model,
+    /,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    root: Root = Path("."),
+) -> None:
+    """Talk to a model. On a terminal turn by turn; otherwise standard input is one message.
+
+    Parameters
+    ----------
+    system
+        The system message; empty: the model's own.
+    max_new_tokens
+        Longest answer.
+    temperature
+        0 is greedy.
+    top_k
+        Keep the k most likely tokens; 0 is off.
+    top_p
+        Keep the most likely tokens that make up this share of the probability; 1 is off.
+    seed
+        The same seed and messages give the same answers.
+    """
+    from jaxlm import chat as talk
+    from jaxlm.sample import Sampling
+
+    options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    talk.chat(_load(model, root), system=system, max_new_tokens=max_new_tokens, sampling=options, seed=seed)
+
+
+def inspect(
+    model: Model,
+    /,
+    *,
+    block: int | None = None,
+    batch: int = 1,
+    length: int | None = None,
+    root: Root = Path("."),
+) -> None:
+    """Print a model's weights, what each is for, and what training and decoding with it cost.
+
+    Parameters
+    ----------
+    model
+        Also the name of a preset, such as gpt2.
+    block
+        Print this block's parts and the shape of its output instead.
+    batch
+        Rows of the training step and of decoding.
+    length
+        Tokens in a row; empty: the model's longest.
+    """
+    from jaxlm import inspect_model
+    from jaxlm.stages.runner import say
+
+    cfg, params = _shape(model, root)
+    if block is not None:
+        say(inspect_model.block_report(cfg, block, batch=batch, length=length or 4))
+    else:
+        say(inspect_model.report(cfg, params, batch=batch, length=length))
+
+
+def import_hf(source: str, directory: Path, /, *, revision: str | None = None) -> None:
+    """Read published weights into a directory that stands for a run: sample it, or train on from it.
+
+    Parameters
+    ----------
+    source
+        A Hugging Face directory, owner/name, or a .gguf file.
+    directory
+        A new or an empty directory.
+    revision
+        Commit, tag or branch of a repository.
+    """
+    from jaxlm.checkpoint import Checkpointer
+    from jaxlm.interop import load_hf
+    from jaxlm.interop.gguf import load_gguf
+    from jaxlm.stages import saved
+    from jaxlm.stages.runner import say
+
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: is there already and not an empty directory; choose another.")
+    cfg, params, tokenizer = load_gguf(source) if source.endswith(".gguf") else load_hf(source, revision=revision)
+    if tokenizer is None:
+        raise InputError(f"{source}: has no tokenizer.json, and a run needs a tokenizer; put one beside the weights.")
+    meta = {"tokenizer": tokenizer.fingerprint, "model": cfg.identity()}
+    with Checkpointer(directory / saved.CHECKPOINTS, asynchronous=False) as checkpoints:
+        checkpoints.save(0, {"params": params}, meta=meta, metric=None)
+    saved.write_description(directory, cfg, tokenizer)
+    say(f"{directory}: imported; use it as a run, or as pretrain.init_from={directory}/checkpoints/0")
+
+
+def export_hf(model: Model, directory: Path, /, *, root: Root = Path(".")) -> None:
+    """Write a model as safetensors and config.json; models of a published form load in transformers.
+
+    Parameters
+    ----------
+    directory
+        A new one, an empty one or an earlier export.
+    """
+    from jaxlm.interop import families, save_hf
+    from jaxlm.stages.runner import say
+
+    found = _load(model, root, prepared=False)
+    save_hf(directory, found.cfg, found.params, found.tokenizer)
+    family = families.family_of(found.cfg)
+    reader = "transformers and jaxlm read it" if family.architecture else "jaxlm reads it"
+    say(f"{directory}: exported as model_type {family.model_type}; {reader}")
+
+
+@bench.command
+def decode(
+    model: Model = "smollm2-135m",
+    /,
+    *,
+    batch_sizes: tuple[int, ...] = (1, 8),
+    prompt_lengths: tuple[int, ...] = (16, 128, 512),
+    new_tokens: int = 32,
+    repeats: int = 5,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    out: Path | None = None,
+    root: Root = Path("."),
+) -> None:
+    """Time compilation, the first token by prompt length, and decoding by batch size, beside the memory's bandwidth.
+
+    Parameters
+    ----------
+    model
+        Also the name of a preset, which gets random weights: time does not depend on them.
+    batch_sizes
+        Rows that decode together.
+    prompt_lengths
+        Tokens of the prompts whose first token is timed.
+    new_tokens
+        Steps timed together.
+    repeats
+        Of every measurement; the median counts.
+    dtype
+        Of weights and arithmetic.
+    out
+        A directory for decode.json and the plot.
+    """
+    from jaxlm.sample.timing_report import bench as run
+
+    cfg, params = _shape(model, root)
+    run(
+        cfg.replace(compute_dtype=dtype), params, name=model, batch_sizes=batch_sizes, prompt_lengths=prompt_lengths,
+        new_tokens=new_tokens, repeats=repeats, out=out,
+    )  # fmt: skip
+
+
+def _shape(model: str, root: Path) -> tuple[ModelConfig, Params | None]:
+    """A preset's shape without weights, or a model's with them."""
+    from jaxlm.presets import PRESETS, preset
+
+    if model in PRESETS and not (root / "runs" / model).exists():
+        return preset(model), None
+    found = _load(model, root, prepared=False)
+    return found.cfg, found.params
+
+
+def register(app: cyclopts.App) -> None:
+    """Adds these commands to `jaxlm`."""
+    for command in (sample, chat, inspect, import_hf, export_hf):
+        app.command(command)
+    app.command(bench)

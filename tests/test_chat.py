@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxlm import chat, init
+from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
+from jaxlm.interop import save_hf
+from jaxlm.sample import Sampling, generate
+from jaxlm.sample.stream import Piece
+from jaxlm.tokenizers import HFTokenizer
+
+QUICK_COMPILE = True
+GREEDY = Sampling(temperature=0)
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' ~ m.role ~ '>' ~ m.content ~ '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer(template: str | None = TEMPLATE) -> HFTokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<end>", "<user>", "<assistant>", "<system>"])
+    specials = (("eos_token", "<end>"),)
+    return HFTokenizer(backend.to_str(), special_tokens=specials, chat_template=template)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny published model, as a directory."""
+    cfg = ModelConfig(
+        vocab_size=260, n_layers=1, d_model=32, n_heads=2, max_seq_len=64, norm="rms", position="rotary", mlp="swiglu",
+        d_ff=64,
+    )  # fmt: skip
+    params = init(cfg, jax.random.key(1))
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_hf(path, cfg, params, tokenizer())
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> chat.Loaded:
+    return chat.load_model(directory)
+
+
+def test_a_directory_is_a_model(model: chat.Loaded) -> None:
+    assert model.stop_ids == (256,)
+    assert isinstance(model.tokenizer, HFTokenizer)
+    assert model.tokenizer.chat_template == TEMPLATE
+    assert model.template is None
+
+
+def test_a_run_is_a_model(tiny_run: Any) -> None:
+    model = chat.load_model("tiny", tiny_run.root)
+    assert model.stop_ids == (model.tokenizer.eot_id,)
+    assert model.template == tiny_run.cfg.sft.template
+    question = [{"role": "user", "content": "Where is Anna?"}]
+    asked = tiny_run.cfg.sft.template.replace("{prompt}", "Where is Anna?")
+    # As the fine-tuning's examples begin: end-of-text, then the prompt in its template.
+    assert chat.chat_ids(model, question) == [model.tokenizer.eot_id, *model.tokenizer.encode(asked)]
+    out = io.StringIO()
+    chat.chat(model, stdin=io.StringIO("Where is Anna?"), out=out, sampling=GREEDY, max_new_tokens=4)
+    assert out.getvalue().endswith("\n")
+
+
+def test_a_run_without_fine_tuning_cannot_chat(letters_run: Any) -> None:
+    model = chat.load_model("letters", letters_run.root)
+    assert model.template is None
+    with pytest.raises(InputError, match="no chat template"):
+        chat.chat(model, stdin=io.StringIO("hello"), out=io.StringIO())
+
+
+def test_what_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no such run"):
+        chat.load_model("nothing", tmp_path)
+    with pytest.raises(InputError, match=r"no such file|gguf"):
+        chat.load_model(tmp_path / "x.gguf")
+    asked = []
+
+    def load(name: str, dtype: Any = None) -> Any:
+        asked.append(name)
+        raise InputError("away")
+
+    monkeypatch.setattr(chat.interop, "load_hf", load)
+    with pytest.raises(InputError, match="away"):
+        chat.load_model("owner/name", tmp_path)
+    assert asked == ["owner/name"]
+
+
+def test_weights_without_a_tokenizer(directory: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    with pytest.raises(InputError, match="there is no tokenizer with these weights"):
+        chat.load_model(tmp_path)
+
+
+def test_one_sample_streams_what_several_give(model: chat.Loaded) -> None:
+    texts = []
+    for n in (1, 2):
+        out = io.StringIO()
+        chat.sample(model, "ab", n=n, max_new_tokens=12, sampling=GREEDY, out=out)
+        texts.append(out.getvalue())
+    assert texts[0].startswith("ab")
+    assert texts[1] == texts[0] * 2
+    (expected,) = generate(
+        model.cfg, model.params, [model.tokenizer.encode("ab")], sampling=GREEDY, max_new_tokens=12,
+        stop_ids=model.stop_ids, tokenizer=model.tokenizer,
+    )  # fmt: skip
+    ended = expected.finish_reason == "stop"
+    ids = model.tokenizer.encode("ab") + expected.tokens[: len(expected.tokens) - ended]
+    assert texts[0] == model.tokenizer.decode(ids) + "\n"
+    with pytest.raises(InputError, match="--n 0"):
+        chat.sample(model, "ab", n=0)
+
+
+def test_an_empty_prompt_starts_from_the_end_of_text(model: chat.Loaded) -> None:
+    assert chat.start_ids(model.tokenizer, empty=True) == [256]
+    assert chat.start_ids(model.tokenizer, empty=False) == []
+
+
+class Talk:
+    """`stream` replaced by answers made up, to see what the model is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[list[int]] = []
+        self.rooms: list[int] = []
+        self.interrupt = False
+        monkeypatch.setattr(chat, "stream", self.stream)
+
+    def stream(self, cfg: Any, params: Any, ids: list[int], *, max_new_tokens: int, **options: Any) -> Iterator[Any]:
+        self.asked.append(ids)
+        self.rooms.append(max_new_tokens)
+        assert options["stop_ids"] == (256,)
+        for text in ("An", "swer"):
+            yield Piece(text, (), ())
+            if self.interrupt:
+                raise KeyboardInterrupt
+
+
+def test_a_conversation(model: chat.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, out = Talk(monkeypatch), io.StringIO()
+    said = "Hi\n\nAgain\n/reset\nNew\n/exit\nnever"
+    chat.chat(model, system="S", stdin=io.StringIO(said), out=out, interactive=True, max_new_tokens=8)
+    decode = model.tokenizer.decode
+    assert [decode(ids) for ids in talk.asked] == [
+        "<system>S<end><user>Hi<end><assistant>",
+        "<system>S<end><user>Hi<end><assistant>Answer<end><user>Again<end><assistant>",
+        "<system>S<end><user>New<end><assistant>",
+    ]
+    assert out.getvalue().count("Answer\n") == 3
+    assert out.getvalue().startswith(chat.HELP)
+
+
+def test_one_message_from_a_pipe(model: chat.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, out = Talk(monkeypatch), io.StringIO()
+    chat.chat(model, stdin=io.StringIO("two\nlines\n"), out=out, max_new_tokens=8)
+    assert model.tokenizer.decode(talk.asked[0]) == "<user>two\nlines<end><assistant>"
+    assert out.getvalue() == "Answer\n"
+    with pytest.raises(InputError, match="standard input is empty"):
+        chat.chat(model, stdin=io.StringIO(" \n"), out=out)
+
+
+def test_old_turns_are_forgotten(model: chat.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, out = Talk(monkeypatch), io.StringIO()
+    # The context is 64. "<user>" + 20 letters + "<end>" are 22 tokens, an answer with its two marks 8: the third
+    # question does not fit beside the two before it, with 10 tokens to answer.
+    said = "\n".join(["a" * 20, "b" * 20, "c" * 20, "d" * 70, "e" * 58])
+    chat.chat(model, stdin=io.StringIO(said), out=out, interactive=True, max_new_tokens=10)
+    shown = [model.tokenizer.decode(ids) for ids in talk.asked]
+    b, c = "<user>" + "b" * 20 + "<end>", "<user>" + "c" * 20 + "<end>"
+    assert shown[2] == f"{b}<assistant>Answer<end>{c}<assistant>"
+    assert "the message has 73 tokens, and the model's context 64" in out.getvalue()
+    assert shown[3] == "<user>" + "e" * 58 + "<end><assistant>"
+    assert talk.rooms == [10, 10, 10, 3]  # what is left of the context
+
+
+def test_an_answer_can_be_stopped(model: chat.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, out = Talk(monkeypatch), io.StringIO()
+    talk.interrupt = True
+    chat.chat(model, stdin=io.StringIO("Hi\nGo on\n"), out=out, interactive=True, max_new_tokens=8)
+    assert "<assistant>An<end><user>Go on" in model.tokenizer.decode(talk.asked[1])
+    with pytest.raises(KeyboardInterrupt):
+        chat.chat(model, stdin=io.StringIO("Hi"), out=out, max_new_tokens=8)
+
+
+def test_a_template_that_fails_stops_before_the_first_message(model: chat.Loaded) -> None:
+    broken = model._replace(tokenizer=tokenizer("{{ raise_exception('No chats.') }}"))
+    with pytest.raises(InputError, match="refuses this conversation: No chats"):
+        chat.chat(broken, stdin=io.StringIO("Hi\n"), out=io.StringIO(), interactive=True)
