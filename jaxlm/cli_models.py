@@ -1,4 +1,4 @@
-"""The commands that take a model: sample, chat, inspect, import-hf, export-hf, bench decode."""
+"""The commands that take a model: sample, chat, inspect, import-hf, export-hf, recipe, bench decode."""
 
 from __future__ import annotations
 
@@ -206,6 +206,21 @@ def export_hf(model: Model, directory: Path, /, *, root: Root = Path(".")) -> No
     say(f"{directory}: exported as model_type {family.model_type}; {reader}")
 
 
+def recipe(config: str, /, *, root: Root = Path(".")) -> None:
+    """Compute a published evaluation again, and compare it with the published figures.
+
+    Parameters
+    ----------
+    config
+        Its YAML file, such as configs/verdict_gpt2.yaml, or the bare name.
+    """
+    from jaxlm import recipes
+    from jaxlm.stages.runner import say
+
+    found = recipes.load(config)
+    say(recipes.report(found, recipes.run(found, root)))
+
+
 @bench.command
 def decode(
     model: Model = "smollm2-135m",
@@ -259,6 +274,6 @@ def _shape(model: str, root: Path) -> tuple[ModelConfig, Params | None]:
 
 def register(app: cyclopts.App) -> None:
     """Adds these commands to `jaxlm`."""
-    for command in (sample, chat, inspect, import_hf, export_hf):
+    for command in (sample, chat, inspect, import_hf, export_hf, recipe):
         app.command(command)
     app.command(bench)

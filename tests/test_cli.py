@@ -28,6 +28,7 @@ COMMANDS = [
     "import-hf",
     "export-hf",
     "bench",
+    "recipe",
     "verify",
     "doctor",
 ]

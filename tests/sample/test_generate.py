@@ -56,17 +56,15 @@ def test_greedy_is_the_naive_loop_and_compilations_are_bounded(params, prompts, 
     before = count()
     out = run(params, prompts)
     assert (count() - before).tolist() == [2, 2]  # lengths 1 .. 23 fall into two buckets, 16 and 32
-    full = jax.jit(lambda tokens: apply(CFG, params, tokens))
-    for prompt, got in zip(prompts, out, strict=True):
-        ids, log_probs = list(prompt), []
-        for _ in range(9):
-            padded = np.zeros((1, 32), np.int32)
-            padded[0, : len(ids)] = ids
-            scores = jax.nn.log_softmax(full(padded)[0, len(ids) - 1])
-            ids.append(int(scores.argmax()))
-            log_probs.append(float(scores.max()))
-        assert got.tokens == ids[len(prompt) :]
-        np.testing.assert_allclose(got.log_probs, log_probs, atol=2e-5)
+    # Token for token the naive loop: what comes after each prefix of the answer is its next token.
+    whole = np.array(
+        [[*prompt, *got.tokens, *[0] * (23 - len(prompt))] for prompt, got in zip(prompts, out, strict=True)]
+    )
+    scores = np.asarray(jax.jit(lambda tokens: jax.nn.log_softmax(apply(CFG, params, tokens)))(whole))
+    for prompt, got, score in zip(prompts, out, scores, strict=True):
+        score = score[len(prompt) - 1 :][:9]
+        assert got.tokens == score.argmax(-1).tolist()
+        np.testing.assert_allclose(got.log_probs, score.max(-1), atol=2e-5)
         assert got.finish_reason == "length"
         assert got.text is None
 
@@ -198,6 +196,7 @@ def test_sliding_is_the_naive_loop_over_windows(random_params):
     cfg = CFG.replace(max_seq_len=16, position="learned", key_offset=True, embed_mix=2)
     params = random_params(cfg)
     full = jax.jit(lambda tokens: jax.nn.log_softmax(apply(cfg, params, tokens)))
+    fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, V, n).tolist() for n in (3, 15, 16, 20)]
     options = [GREEDY, Sampling(seed=1), GREEDY, Sampling(seed=2, top_p=0.9)]
@@ -208,22 +207,21 @@ def test_sliding_is_the_naive_loop_over_windows(random_params):
 
     got = slide(prompts, options)
     for prompt, option, answer in zip(prompts, options, got, strict=True):
-        ids, begin = (prompt if len(prompt) <= 16 else prompt[-8:]), 0
-        n_prompt = len(ids)
-        for most_likely, log_prob in zip(answer.top_log_probs, answer.log_probs, strict=True):
-            if len(ids) - begin > 16:
-                begin = len(ids) - 8
-            padded = np.zeros((1, 16), np.int32)
-            padded[0, : len(ids) - begin] = ids[begin:]
-            key = jax.random.fold_in(jax.random.key(option.seed or 0), len(ids))
-            scores = full(padded)[0, len(ids) - begin - 1]
-            token = int(sample_token(key, scores, temperature=option.temperature, top_p=option.top_p))
-            ids = [*ids, token]
-            assert [i for i, _ in most_likely] == np.argsort(-scores)[:3].tolist()
-            np.testing.assert_allclose([value for _, value in most_likely], np.sort(scores)[:-4:-1], atol=2e-5)
-            np.testing.assert_allclose(log_prob, scores[token], atol=2e-5)
-        assert answer.tokens == ids[n_prompt:]
-        assert len(answer.tokens) == 30
+        prompt, begin = (prompt if len(prompt) <= 16 else prompt[-8:]), 0
+        ids, ends = prompt + answer.tokens, np.arange(len(prompt), len(prompt) + 30)
+        windows, lengths = np.zeros((30, 16), np.int32), np.zeros(30, int)
+        for row, end in enumerate(ends):  # the naive loop: which window each next token comes from
+            if end - begin > 16:
+                begin = end - 8
+            lengths[row] = end - begin
+            windows[row, : lengths[row]] = ids[begin:end]
+        scores = np.asarray(full(windows))[np.arange(30), lengths - 1]
+        keys = fold(jax.random.key(option.seed or 0), ends)
+        assert answer.tokens == sample_token(keys, scores, temperature=option.temperature, top_p=option.top_p).tolist()
+        most_likely = np.array(answer.top_log_probs)
+        assert np.array_equal(most_likely[..., 0], np.argsort(-scores)[:, :3])
+        np.testing.assert_allclose(most_likely[..., 1], -np.sort(-scores)[:, :3], atol=2e-5)
+        np.testing.assert_allclose(answer.log_probs, scores[np.arange(30), answer.tokens], atol=2e-5)
     assert slide(prompts[1:2], options[1]) == [got[1]]
     watched = slide(prompts[1:], options[1:], tokenizer=Wide(), stop="...")
     assert [g.tokens for g in watched] == [g.tokens for g in got[1:]]

@@ -9,69 +9,22 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as decoding
 
 from jaxlm import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.tokenizers import HFTokenizer, Tokenizer, hf_files, stream_text
-from jaxlm.tokenizers.gguf_vocab import PRE_TOKENIZERS, from_gguf
 from jaxlm.tokenizers.hf_json import canonical
 from jaxlm.tokenizers.to_tiktoken import to_tiktoken
 
-HARD = [
-    "", " ", "  ", "\n", "\t\t", " \n \n\n  x", "a  b   c    d", "x 1  22   333    4444", "12345678901", "3.14159e-10",
-    "it's IT'S we'LL they\u2019d 'Re \u017ft '\u017f", "naïve café Ω≈ç√", "e\u0301 \u0301 n\u0303o", "ﬁ ﬂ Ⅳ ½ ²",
-    "日本語 と English 混ぜ", "العربية עברית हिन्दी ไทย", "🚀👩\u200d👩\u200d👧\u200d👦🇫🇷 🏳\ufe0f\u200d🌈",
-    "\x00\x01\x1c\x1f\x7f\x85\xa0\u2028\u3000x", "a\r\nb\rc\n\r\n d", "<|end|> <|im_start|>user",
-    "def f(x):\n    return x**2  # ok\n\n\n", "https://a.b/c?d=e&f=%20", "\ufeffbom \u200b zero",
-    "𝒳𝓎 𐍈 \U0010ffff", "!!! ??? ... ---", "x" * 300, " " * 1200 + "y",
-]  # fmt: skip
-GPT2 = {"pre": pre_tokenizers.ByteLevel(add_prefix_space=False)}
-MAKERS: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2,
-    "smollm": {
-        "pre": pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    },
-    **{
-        name: {
-            "pre": pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(PRE_TOKENIZERS[name].pattern), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            ),
-            "normalizer": normalizers.NFC() if name == "qwen2" else None,
-            "ignore_merges": name == "llama-bpe",
-        }
-        for name in ("llama-bpe", "qwen2")
-    },
-}
+KINDS = ["gpt2", "smollm", "llama-bpe", "qwen2"]
 
 
-def byte_level(prose: str, *, pre: Any, normalizer: Any = None, ignore_merges: bool = False) -> Backend:
-    """A tokenizer as the makers of published models train theirs, small."""
-    backend = Backend(models.BPE(ignore_merges=ignore_merges))
-    backend.pre_tokenizer, backend.decoder = pre, decoding.ByteLevel()
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[],
-        show_progress=False,
-    )
-    backend.train_from_iterator([prose], trainer)
-    backend.add_special_tokens(["<|start|>", "<|end|>", "<|pad|>"])
-    return backend
-
-
-@pytest.fixture(scope="session", params=MAKERS)
-def backend(request: pytest.FixtureRequest, prose: str) -> Backend:
-    return byte_level(prose, **MAKERS[request.param])
+@pytest.fixture(scope="session", params=KINDS)
+def backend(request: pytest.FixtureRequest, make_backend: Callable[[str], Backend]) -> Backend:
+    return make_backend(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +53,10 @@ def wrapped(backend: Backend, **more: Any) -> HFTokenizer:
 ROLES = (("bos_token", "<|start|>"), ("eos_token", "<|end|>"), ("pad_token", "<|pad|>"))
 
 
-def test_ids_are_the_backends(backend: Backend) -> None:
+def test_ids_are_the_backends(backend: Backend, hard: list[str]) -> None:
     tok = wrapped(backend, special_tokens=ROLES)
     assert isinstance(tok, Tokenizer)
-    for text in HARD:
+    for text in hard:
         if "<|" not in text:
             assert tok.encode(text) == backend.encode(text, add_special_tokens=False).ids
         normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
@@ -116,11 +69,11 @@ def test_ids_are_the_backends(backend: Backend) -> None:
     assert tok.vocab_size == end + 2 == backend.get_vocab_size()
 
 
-def test_tiktoken_agrees_on_hard_text(backend: Backend) -> None:
+def test_tiktoken_agrees_on_hard_text(backend: Backend, hard: list[str]) -> None:
     tok = wrapped(backend, special_tokens=ROLES)
     form = to_tiktoken(tok)
     assert form.nfc == (backend.normalizer is not None)
-    for text in [*HARD, "".join(HARD), " ".join(HARD) * 3]:
+    for text in [*hard, "".join(hard), " ".join(hard) * 3]:
         ids = tok.encode(text)
         assert form.encode(text) == ids
         assert form.decode(ids) == tok.decode(ids)
@@ -136,20 +89,20 @@ def test_tiktoken_agrees_on_any_text(backends: dict[str, HFTokenizer], data: st.
 
 
 @pytest.fixture(scope="session")
-def backends(prose: str) -> dict[str, HFTokenizer]:
-    return {name: wrapped(byte_level(prose, **options)) for name, options in MAKERS.items()}
+def backends(make_backend: Callable[[str], Backend]) -> dict[str, HFTokenizer]:
+    return {name: wrapped(make_backend(name)) for name in KINDS}
 
 
-def test_the_published_encoding_and_its_tokenizer_json_agree(gpt2: Any) -> None:
+def test_the_published_encoding_and_its_tokenizer_json_agree(gpt2: Any, hard: list[str]) -> None:
     # GPT-2's merges, put together as its tokenizer.json is; the ids to compare with are tiktoken's own.
     merges = [(left, right) for left, right in map(str.split, _merge_lines())]
     backend = Backend(models.BPE(vocab={text: i for i, text in enumerate(gpt2.tokens)}, merges=merges))
-    backend.pre_tokenizer, backend.decoder = GPT2["pre"], decoding.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoding.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
     tok = wrapped(backend)
     assert (tok.vocab_size, tok.eot_id) == (50257, 50256)
     form = to_tiktoken(tok)
-    for text in HARD:
+    for text in hard:
         assert tok.encode(text) == gpt2.encode(text) == form.encode(text)
 
 
@@ -176,8 +129,10 @@ def _merge_lines() -> list[str]:
         (lambda d: d.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "WordLevel, not BPE"),
     ],
 )
-def test_what_tiktoken_cannot_express_is_refused(prose: str, change: Callable[[Any], Any], words: str) -> None:
-    definition = json.loads(byte_level(prose, **GPT2).to_str())
+def test_what_tiktoken_cannot_express_is_refused(
+    make_backend: Callable[[str], Backend], change: Callable[[Any], Any], words: str
+) -> None:
+    definition = json.loads(make_backend("gpt2").to_str())
     change(definition)
     tok = _unchecked(definition)
     with pytest.raises(InputError, match=words.replace("|", r"\|")) as caught:
@@ -248,8 +203,10 @@ def test_a_model_directory(backend: Backend, tmp_path: Path) -> None:
         ("chat_template.jinja", b"\xff\xfe", "not UTF-8"),
     ],
 )
-def test_damaged_files_are_named(prose: str, tmp_path: Path, name: str, content: Any, words: str) -> None:
-    byte_level(prose, **GPT2).save(str(tmp_path / "tokenizer.json"))
+def test_damaged_files_are_named(
+    make_backend: Callable[[str], Backend], tmp_path: Path, name: str, content: Any, words: str
+) -> None:
+    make_backend("gpt2").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=words) as caught:
         tokenizers.load(tmp_path)
@@ -306,86 +263,8 @@ def test_a_chat_prompt(backends: dict[str, HFTokenizer]) -> None:
     assert ids == [tok.bos_id, *tok.encode("the"), tok.eot_id]
 
 
-# The same inside a GGUF
-
-
-def metadata(backend: Backend, name: str, **more: Any) -> dict[str, Any]:
-    content = json.loads(backend.to_str())
-    vocab = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
-    added = {token["id"] for token in content["added_tokens"]}
-    ids = sorted(vocab.values())
-    values = {
-        "model": "gpt2",
-        "pre": name,
-        "tokens": [*sorted(vocab, key=vocab.__getitem__), "[PAD]"],
-        "token_type": [3 if i in added else 1 for i in ids] + [5],
-        "merges": [" ".join(merge) for merge in content["model"]["merges"]],
-        "bos_token_id": backend.token_to_id("<|start|>"),
-        "eos_token_id": backend.token_to_id("<|end|>"),
-        **more,
-    }
-    return {"general.architecture": "llama"} | {f"tokenizer.ggml.{name}": value for name, value in values.items()}
-
-
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
-def test_the_tokenizer_in_a_gguf(prose: str, pre: str) -> None:
-    backend = byte_level(prose, **MAKERS[pre.replace("gpt-2", "gpt2")])
-    found = metadata(backend, pre, eot_token_id=5)
-    tok = from_gguf({**found, "tokenizer.chat_template": "T"}, "x.gguf")
-    assert tok is not None
-    for text in HARD:
-        if "<|" not in text:
-            assert tok.encode(text) == backend.encode(text, add_special_tokens=False).ids
-    assert tok.encode("<|end|>") == wrapped(backend).encode("<|end|>")
-    assert tok.backend.encode("a<|end|>").ids[-1] == tok.eot_id == backend.token_to_id("<|end|>")
-    assert (tok.stop_ids, tok.chat_template) == ((tok.eot_id, 5), "T")
-    assert tok.vocab_size == backend.get_vocab_size()  # without the padding
-    assert tok.start_ids == ((tok.bos_id,) if pre == "llama-bpe" else ())  # what llama.cpp does when the file is silent
-    assert from_gguf({"general.architecture": "llama"}, "x.gguf") is None
-
-
-def test_sentencepiece_in_a_gguf() -> None:
-    # By hand, as llama.cpp merges: of all neighbours, those whose union has the highest score. "▁the": th (-1) before
-    # he (-2), then the (-3), then ▁the (-4); "hex" has he; "é" is no piece, so its two bytes.
-    pieces = ["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "th", "he", "the", "▁the", "▁", "t", "h", "e", "x"]
-    kinds = [2, 3, 3, 6, 6] + [1] * 9
-    scores = [0.0] * 5 + [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0]
-    found = {
-        "general.architecture": "llama", "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.scores": scores, "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-    }  # fmt: skip
-    tok = from_gguf(found, "x.gguf")
-    assert tok is not None
-    assert tok.encode("the hex é") == [8, 9, 6, 13, 9, 3, 4]
-    assert tok.decode([8, 9, 6, 13, 9, 3, 4]) == "the hex é"
-    assert (tok.start_ids, tok.eot_id, tok.unk_id) == ((1,), 2, 0)
-    plain = from_gguf({**found, "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}, "x")
-    assert plain is not None
-    assert (plain.encode("the"), plain.start_ids) == ([7], ())
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model": "bert"}, "field tokenizer.ggml.model: 'bert' is not known here"),
-        ({"pre": "tekken"}, "field tokenizer.ggml.pre: 'tekken' is not known here"),
-        ({"pre": None}, "field tokenizer.ggml.pre: None"),
-        ({"merges": None}, "field tokenizer.ggml.merges: missing"),
-        ({"tokens": []}, "field tokenizer.ggml.tokens: missing"),
-        ({"token_type": [1]}, "field tokenizer.ggml.token_type: 1 values for"),
-        ({"eos_token_id": 10_000}, "field tokenizer.ggml.eos_token_id: 10000 is not among"),
-        ({"merges": ["no such"]}, "tokenizer: definition: "),
-    ],
-)
-def test_a_gguf_tokenizer_that_is_not_understood(prose: str, change: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words) as caught:
-        from_gguf(metadata(byte_level(prose, **GPT2), "gpt-2", **change), "x.gguf")
-    assert str(caught.value).startswith("x.gguf: ")
-
-
-def test_added_tokens_may_be_ordinary(prose: str) -> None:
-    backend = byte_level(prose, **GPT2)
+def test_added_tokens_may_be_ordinary(make_backend: Callable[[str], Backend]) -> None:
+    backend = make_backend("gpt2")
     backend.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     tok = wrapped(backend)
     assert tok.encode("a<tool>b")[1] == backend.token_to_id("<tool>")

@@ -1,0 +1,91 @@
+"""The tokenizer inside a GGUF, from metadata as its converter writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+
+from jaxlm.errors import InputError
+from jaxlm.tokenizers import HFTokenizer
+from jaxlm.tokenizers.gguf_vocab import from_gguf
+
+
+def metadata(backend: Backend, name: str, **more: Any) -> dict[str, Any]:
+    content = json.loads(backend.to_str())
+    vocab = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    added = {token["id"] for token in content["added_tokens"]}
+    ids = sorted(vocab.values())
+    values = {
+        "model": "gpt2",
+        "pre": name,
+        "tokens": [*sorted(vocab, key=vocab.__getitem__), "[PAD]"],
+        "token_type": [3 if i in added else 1 for i in ids] + [5],
+        "merges": [" ".join(merge) for merge in content["model"]["merges"]],
+        "bos_token_id": backend.token_to_id("<|start|>"),
+        "eos_token_id": backend.token_to_id("<|end|>"),
+        **more,
+    }
+    return {"general.architecture": "llama"} | {f"tokenizer.ggml.{name}": value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_the_tokenizer_in_a_gguf(make_backend: Callable[[str], Backend], hard: list[str], pre: str) -> None:
+    backend = make_backend(pre.replace("gpt-2", "gpt2"))
+    found = metadata(backend, pre, eot_token_id=5)
+    tok = from_gguf({**found, "tokenizer.chat_template": "T"}, "x.gguf")
+    assert tok is not None
+    for text in hard:
+        if "<|" not in text:
+            assert tok.encode(text) == backend.encode(text, add_special_tokens=False).ids
+    assert tok.encode("<|end|>") == HFTokenizer(backend.to_str()).encode("<|end|>")
+    assert tok.backend.encode("a<|end|>").ids[-1] == tok.eot_id == backend.token_to_id("<|end|>")
+    assert (tok.stop_ids, tok.chat_template) == ((tok.eot_id, 5), "T")
+    assert tok.vocab_size == backend.get_vocab_size()  # without the padding
+    assert tok.start_ids == ((tok.bos_id,) if pre == "llama-bpe" else ())  # what llama.cpp does when the file is silent
+    assert from_gguf({"general.architecture": "llama"}, "x.gguf") is None
+
+
+def test_sentencepiece_in_a_gguf() -> None:
+    # By hand, as llama.cpp merges: of all neighbours, those whose union has the highest score. "▁the": th (-1) before
+    # he (-2), then the (-3), then ▁the (-4); "hex" has he; "é" is no piece, so its two bytes.
+    pieces = ["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "th", "he", "the", "▁the", "▁", "t", "h", "e", "x"]
+    kinds = [2, 3, 3, 6, 6] + [1] * 9
+    scores = [0.0] * 5 + [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0]
+    found = {
+        "general.architecture": "llama", "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.scores": scores, "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+    }  # fmt: skip
+    tok = from_gguf(found, "x.gguf")
+    assert tok is not None
+    assert tok.encode("the hex é") == [8, 9, 6, 13, 9, 3, 4]
+    assert tok.decode([8, 9, 6, 13, 9, 3, 4]) == "the hex é"
+    assert (tok.start_ids, tok.eot_id, tok.unk_id) == ((1,), 2, 0)
+    plain = from_gguf({**found, "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}, "x")
+    assert plain is not None
+    assert (plain.encode("the"), plain.start_ids) == ([7], ())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "bert"}, "field tokenizer.ggml.model: 'bert' is not known here"),
+        ({"pre": "tekken"}, "field tokenizer.ggml.pre: 'tekken' is not known here"),
+        ({"pre": None}, "field tokenizer.ggml.pre: None"),
+        ({"merges": None}, "field tokenizer.ggml.merges: missing"),
+        ({"tokens": []}, "field tokenizer.ggml.tokens: missing"),
+        ({"token_type": [1]}, "field tokenizer.ggml.token_type: 1 values for"),
+        ({"eos_token_id": 10_000}, "field tokenizer.ggml.eos_token_id: 10000 is not among"),
+        ({"merges": ["no such"]}, "tokenizer: definition: "),
+    ],
+)
+def test_a_gguf_tokenizer_that_is_not_understood(
+    make_backend: Callable[[str], Backend], change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        from_gguf(metadata(make_backend("gpt2"), "gpt-2", **change), "x.gguf")
+    assert str(caught.value).startswith("x.gguf: ")
