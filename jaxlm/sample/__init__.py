@@ -9,9 +9,9 @@ from jaxlm.sample.options import Sampling
 from jaxlm.sample.sampler import sample_token
 from jaxlm.sample.serve import serve
 from jaxlm.sample.speculative import Speculated, speculate
-from jaxlm.sample.stream import stream
+from jaxlm.sample.stream import Piece, stream
 
 __all__ = [
-    "Generation", "Hypothesis", "Request", "Sampling", "Speculated", "beam_search", "filter_logits", "generate",
-    "prepare", "sample_token", "serve", "speculate", "stream",
+    "Generation", "Hypothesis", "Piece", "Request", "Sampling", "Speculated", "beam_search", "filter_logits",
+    "generate", "prepare", "sample_token", "serve", "speculate", "stream",
 ]  # fmt: skip

@@ -16,15 +16,7 @@ from jaxlm.sample import decode as decoding
 from jaxlm.sample import drive
 from jaxlm.sample import requests as asking
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import (  # noqa: F401  the engine and beam search know some of these by names from here
-    Decodes,
-    Overflow,
-    bucket,
-)
-from jaxlm.sample.requests import Request as _Request  # noqa: F401
-from jaxlm.sample.requests import check as _requests  # noqa: F401
-from jaxlm.sample.requests import pack as _pack  # noqa: F401
-from jaxlm.sample.requests import width as _width  # noqa: F401
+from jaxlm.sample.requests import Decodes, Overflow
 
 MAX_SLOTS = 64
 _STRIDE = 8  # tokens decoded between two looks for a stop string

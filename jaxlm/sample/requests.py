@@ -180,7 +180,8 @@ def pack(
     prompt = np.full((slots, width), -1, np.int32)
     for row, request in enumerate(group):
         prompt[row, : len(request.prompt)] = request.prompt
-    rows = group + [Request(0, [], Sampling(), 1)] * (slots - len(group))
+    # Greedy, so that a batch of greedy requests with rows to spare still takes the sampler's short way.
+    rows = group + [Request(0, [], Sampling(temperature=0), 1)] * (slots - len(group))
 
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
         return np.array([getattr(r.sampling, name) for r in rows], dtype)
