@@ -141,3 +141,19 @@ def write(directory: str | Path, kind: str, fields: Mapping[str, Any], fingerpri
             f"{target}: cannot be written ({error.strerror}); free the disk or choose another place."
         ) from None
     return target
+
+
+def encodable(text: str) -> str:
+    """The same text, when it has a UTF-8 form.
+
+    Raises:
+        InputError: a lone surrogate, which is no character; names its offset.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"character U+{ord(text[error.start]):04X} at offset {error.start} is half of a surrogate pair and "
+            "cannot be encoded as UTF-8; read the text with the right encoding."
+        ) from None
+    return text

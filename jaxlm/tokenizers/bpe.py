@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.errors import InputError
-from jaxlm.tokenizers.base import EOT, fingerprint_of, outside, write
+from jaxlm.tokenizers.base import EOT, encodable, fingerprint_of, outside, write
 
 if TYPE_CHECKING:
     import tiktoken
@@ -112,14 +112,7 @@ class BytePairTokenizer:
         Raises:
             InputError: a lone surrogate, which is no character and has no UTF-8 form; names its offset.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"character U+{ord(text[error.start]):04X} at offset {error.start} is half of a surrogate pair and "
-                "cannot be encoded as UTF-8; read the text with the right encoding."
-            ) from None
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(encodable(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""

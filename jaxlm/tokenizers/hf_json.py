@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.errors import InputError
 from jaxlm.tokenizers import chat_template as templates
-from jaxlm.tokenizers.base import EOT, fingerprint_of, outside, write
+from jaxlm.tokenizers.base import EOT, encodable, fingerprint_of, outside, write
 
 if TYPE_CHECKING:
     import tokenizers
@@ -118,7 +118,7 @@ class HFTokenizer:
         Raises:
             InputError: a lone surrogate, which is no character; names its offset.
         """
-        return list(self._ordinary.encode(_sound(text), add_special_tokens=False).ids)
+        return list(self._ordinary.encode(encodable(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens spelled out, `pad_id` skipped; bytes that are not UTF-8 become U+FFFD."""
@@ -151,7 +151,7 @@ class HFTokenizer:
     ) -> list[int]:
         """The ids of a conversation as the model was trained to see it; arguments as `render_chat`."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
-        return list(self.backend.encode(_sound(text), add_special_tokens=False).ids)
+        return list(self.backend.encode(encodable(text), add_special_tokens=False).ids)
 
     def render_chat(
         self,
@@ -214,14 +214,3 @@ def canonical(definition: Mapping[str, Any]) -> str:
     """A tokenizer.json's content in the one form that compares and hashes: sorted keys, no padding, no truncation."""
     kept = {**definition, "padding": None, "truncation": None}
     return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def _sound(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"character U+{ord(text[error.start]):04X} at offset {error.start} is half of a surrogate pair and "
-            "cannot be encoded as UTF-8; read the text with the right encoding."
-        ) from None
-    return text
