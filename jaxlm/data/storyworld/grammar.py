@@ -22,7 +22,7 @@ class State(NamedTuple):
     people: tuple[str, ...] = ()
     at: tuple[str, ...] = ()  # the place of each person
     moods: tuple[str, ...] = ()  # of each person; "" where none was told
-    got: tuple[str, ...] = ()  # the thing that came to each person last; "" where none did
+    got: tuple[str, ...] = ()  # the thing that each person was given last; "" where none was
     places: tuple[str, ...] = ()  # every place named so far
     things: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
@@ -164,8 +164,7 @@ def _own(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
         things=(*state.things, thing),
         colours=(*state.colours, colour),
         holders=(*state.holders, who),
-        got=(*state.got[:-1], thing),
-        told=(("with", thing), ("hue", thing), ("got", who)),
+        told=(("with", thing), ("hue", thing)),
         arrived=False,
     )
     return {"who": who, "colour": colour, "thing": thing}, after
@@ -259,7 +258,7 @@ def _with(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
 
 
 def _got(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """What came to someone last, whether they still have it or not."""
+    """What someone was given last, whether they still have it or not."""
     who = choose("who", _given(state))
     return {"who": who, "thing": choose("thing", (state.last_got(who),))}, _said(state, ("got", who))
 

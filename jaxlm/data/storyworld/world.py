@@ -74,7 +74,7 @@ class World:
     pronoun: float = 0.0
     girls: tuple[str, ...] = ()
     min_candidates: int = 3
-    keep_last: float = 0.7
+    keep_last: float = 0.5
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
@@ -158,14 +158,20 @@ SMALL = World(
     colours=tuple(_COLOURS.split()[:8]),
     acts=tuple(_ACTS.split()[:8]),
     kinds=(
-        ("move", 0.15), ("give", 0.12), ("act", 0.02),
-        ("where", 0.12), ("with", 0.23), ("got", 0.09), ("hue", 0.27),
+        ("move", 0.12), ("give", 0.13), ("act", 0.02),
+        ("where", 0.12), ("with", 0.19), ("got", 0.20), ("hue", 0.22),
     ),
     wordings=(
         ("arrive", (("{who} lived in the {place}.", 1.0),)),
         ("own", (_OWN,)),
         ("move", _even(*(f"{{who}} {verb} to the {{place}}." for verb in _WALKING[:3]))),
-        ("give", _even("{who} handed the {thing} over to {other}.", "{who} passed the {thing} on to {other}.")),
+        (
+            "give",
+            _even(
+                "{who} handed the {thing} over to {other}; {other} gladly took the {thing}.",
+                "{who} passed the {thing} on to {other}; {other} gladly took the {thing}.",
+            ),
+        ),
         ("act", (("{who} {act}.", 1.0),)),
         ("where", (("{who} was in the {place}.", 0.7), ("{who} stayed in the {place}.", 0.3))),
         ("with", (("The {thing} belonged to {who}.", 1.0),)),
@@ -200,8 +206,8 @@ RICH = World(
     skies=("sunny", "rainy", "windy", "cloudy", "foggy", "snowy", "warm", "cold"),
     times=("morning", "afternoon", "evening", "day", "night"),
     kinds=(
-        ("move", 0.14), ("give", 0.09), ("paint", 0.05), ("feel", 0.10), ("turn", 0.02), ("act", 0.02), ("greet", 0.02),
-        ("where", 0.17), ("with", 0.14), ("got", 0.14), ("hue", 0.13), ("found", 0.12), ("felt", 0.12), ("sky", 0.05),
+        ("move", 0.14), ("give", 0.10), ("paint", 0.05), ("feel", 0.10), ("turn", 0.02), ("act", 0.02), ("greet", 0.02),
+        ("where", 0.17), ("with", 0.14), ("got", 0.22), ("hue", 0.13), ("found", 0.12), ("felt", 0.12), ("sky", 0.05),
     ),
     wordings=(
         ("dawn", (("That {time} it was {sky}.", 1.0),)),
@@ -217,8 +223,10 @@ RICH = World(
         (
             "give",
             _even(
-                "{who} gave the {thing} away to {other}.", "{who} sent the {thing} off to {other}.",
-                "{who} handed the {thing} over to {other}.", "{who} passed the {thing} on to {other}.",
+                "{who} gave the {thing} away to {other}; {other} gladly took the {thing}.",
+                "{who} sent the {thing} off to {other}; {other} soon took the {thing}.",
+                "{who} handed the {thing} over to {other}; {other} gladly took the {thing}.",
+                "{who} passed the {thing} on to {other}; {other} soon took the {thing}.",
             ),
         ),
         ("paint", (("Thanks to {who} the {thing} now looked {colour}.", 1.0),)),

@@ -47,7 +47,7 @@ def test_probability_of_a_story_by_hand() -> None:
         * 0.5 * (1 / (names - 1)) * (0.5 / (places - 1))  # Ben arrives at once, in a new place: the barn
         * (1 / (things - 1)) * (1 / colours)  # another thing, any colour
         * 0.75  # the story goes on
-        * 0.15  # a move: the weights of the small world's kinds sum to 1, and all are possible
+        * 0.12 / (1 - 0.2)  # a move: the kinds' weights sum to 1, and nobody can have been given anything
         * (1 / 2) * (1 - 0.2)  # Anna or Ben; the one other place of the story rather than a new one
         * (1 / 3)  # one of three wordings
     )  # fmt: skip
@@ -134,7 +134,7 @@ def test_stories_are_a_function_of_seed_split_and_index(world: World) -> None:
 def test_golden_first_story() -> None:
     # Changes only when the worlds or the drawing change: then raise the VERSION of the stage that tells the stories.
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["small"], 0, "train", 20)).encode()).hexdigest()
-    assert digest[:16] == "10b4a36672ed16bd"
+    assert digest[:16] == "185832d80776f565"
     digest = hashlib.sha256("\n".join(s.text for s in stories(WORLDS["rich"], 0, "train", 20)).encode()).hexdigest()
     assert digest[:16] == "58b949dc902303a0"
 
@@ -163,7 +163,8 @@ def test_training_stories_do_not_repeat(told: list[Story]) -> None:
 _STORY = (
     "Anna lived in the garden. A lamp belonged to Anna; the lamp first looked red. Ben lived in the barn. "
     "A hat belonged to Ben; the hat first looked blue. Clara lived in the mill. "
-    "A kite belonged to Clara; the kite first looked red. Anna ran to the barn. Anna handed the lamp over to Ben. "
+    "A kite belonged to Clara; the kite first looked red. Anna ran to the barn. "
+    "Anna handed the lamp over to Ben; Ben gladly took the lamp. "
     "The hat still looked blue. The lamp belonged to Ben. Anna was in the barn. Ben last got the lamp."
 )
 
@@ -174,7 +175,9 @@ _STORY = (
         ("Anna was in the barn.", "Anna was in the garden.", "sentence 11 .*'Anna was in the garden.'"),
         ("The lamp belonged to Ben.", "The lamp belonged to Anna.", "sentence 10 .*'The lamp belonged to Anna.'"),
         ("The hat still looked blue.", "The hat still looked red.", "sentence 9 .*'The hat still looked red.'"),
-        ("Anna handed the lamp", "Anna handed the hat", "sentence 8 .*'Anna handed the hat over to Ben.'"),
+        ("Anna handed the lamp", "Anna handed the hat", "sentence 8 .*'Anna handed the hat over to Ben; Ben gladly"),
+        ("gladly took the lamp", "gladly took the hat", "sentence 8 .*'Anna handed the lamp over to Ben; Ben gladly"),
+        ("Ben gladly took", "Clara gladly took", "sentence 8 .*'Anna handed the lamp over to Ben; Clara gladly"),
         ("Anna ran to the barn.", "Anna ran to the garden.", "sentence 7 .*'Anna ran to the garden.'"),
         ("Anna ran to", "She ran to", "sentence 7 .*'She ran to the barn.'"),
         ("Anna ran to", "Anna flew to", "sentence 7 .*'Anna flew to the barn.'"),
@@ -222,12 +225,15 @@ def test_pronouns_stand_for_the_last_subject_only() -> None:
             here = read[1]
         return True
 
-    assert after("Anna went to the mill.", "She last got the lamp.")
-    assert not after("Anna went to the mill.", "He last got the hat.")
-    assert not after("Anna went to the mill.", "She last got the kite.")  # she is Anna, Clara got it
-    assert after("Anna gave the lamp away to Ben.", "Anna last got the lamp.")  # whether she still has it or not
-    assert after("Anna gave the lamp away to Ben.", "She went to the mill.")
-    assert not after("Anna gave the lamp away to Clara.", "She went to the mill.")  # which of them?
+    to_anna = "Ben gave the hat away to Anna; Anna gladly took the hat."
+    assert after(to_anna, "Anna went to the mill.", "She last got the hat.")
+    assert not after(to_anna, "Anna went to the mill.", "He last got the hat.")
+    assert not after(to_anna, "Clara went to the barn.", "She last got the hat.")  # she is Clara, Anna got it
+    assert not after("Anna went to the mill.", "She last got the lamp.")  # it was hers, nobody gave it to her
+    back = "Anna sent the hat off to Ben; Ben soon took the hat."
+    assert after(to_anna, back, "Anna last got the hat.")  # whether she still has it or not
+    assert after(to_anna, "He went to the mill.")
+    assert not after("Anna gave the lamp away to Clara; Clara gladly took the lamp.", "She went to the mill.")  # who?
     assert not after("The lamp belonged to Anna.", "She went to the mill.")
     assert not after("Anna went to the mill.", "Then She went to the cave.")
 
@@ -245,8 +251,8 @@ def test_words(world: World, told: list[Story]) -> None:
     assert used <= set(vocabulary(world))
     assert not used & {"Question", "Answer", ":", "?"}
     # Counted by hand. Words of classes: 16 + 16 + 16 + 8 + 8 in the small world; 32 + 28 + 32 + 12 + 20 + 10 + 8 + 5
-    # and two pronouns in the rich. Fixed words and marks, those of questions and "Answer:" included: 35 and 60.
-    assert len(vocabulary(world)) == {"small": 64 + 35, "rich": 149 + 60}[world.name]
+    # and two pronouns in the rich. Fixed words and marks, those of questions and "Answer:" included: 37 and 63.
+    assert len(vocabulary(world)) == {"small": 64 + 37, "rich": 149 + 63}[world.name]
     for story in told[:200]:
         assert "\n" not in story.text
         assert not re.search(r"\ba [aeiou]", story.text)
@@ -256,8 +262,8 @@ def test_words(world: World, told: list[Story]) -> None:
 def test_length_is_bounded(world: World, told: list[Story]) -> None:
     # A question and its answer ("Question: Who did the rope belong to? Answer: The rope belonged to Anna.", and in the
     # rich world "Where was the rope?", "The rope belonged to Anna over in the barn.") add at most 17 and 19 tokens, the
-    # two ends 2: so that 144 (small) or 288 (rich) places hold the whole.
-    assert world.max_tokens + {"small": 17 + 2, "rich": 19 + 2}[world.name] <= {"small": 144, "rich": 288}[world.name]
+    # two ends 2: so that 192 (small) or 384 (rich) places hold the whole.
+    assert world.max_tokens + {"small": 17 + 2, "rich": 19 + 2}[world.name] <= {"small": 192, "rich": 384}[world.name]
     lengths = [len(words_of(story.text)) for story in told]
     assert max(lengths) <= world.max_tokens
     assert max(lengths) - min(lengths) > 20
