@@ -85,13 +85,13 @@ def carry(units: jax.Array | int, high: jax.Array, low: jax.Array) -> Digits:
 
 def block_sums(x: Limbs) -> Digits:
     """[..., N, block] -> digits [..., N]."""
-    high, low = _reduce((x.high, x.low), (0, 0), lambda a, b: (a[0] + b[0], a[1] + b[1]))
+    high, low = reduce((x.high, x.low), (0, 0), lambda a, b: (a[0] + b[0], a[1] + b[1]))
     return carry(jnp.zeros_like(high), high, low)
 
 
 def add_up(x: Digits) -> Digits:
     """Sums at most 1024 digits along the last axis."""
-    return carry(*_reduce(tuple(x), (0, 0, 0), lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2])))
+    return carry(*reduce(tuple(x), (0, 0, 0), lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2])))
 
 
 def sums_where(mask: jax.Array, x: Limbs) -> Digits:
@@ -194,12 +194,12 @@ def tail_threshold(
         t = pivot[:, None, None]
         up = key <= t
         part = limbs(jnp.where(up, weight, 0.0))
-        high_limb, low_limb, largest, smallest = _reduce(
+        high_limb, low_limb, largest, smallest = reduce(
             (part.high, part.low, jnp.where(up, key, _INT_MIN), jnp.where(up, _INT_MAX, key)),
             (0, 0, _INT_MIN, _INT_MAX),
             lambda a, b: (a[0] + b[0], a[1] + b[1], jnp.maximum(a[2], b[2]), jnp.minimum(a[3], b[3])),
         )
-        *places, largest, smallest = _reduce(
+        *places, largest, smallest = reduce(
             (*carry(0, high_limb, low_limb), largest, smallest),
             (0, 0, 0, _INT_MIN, _INT_MAX),
             lambda a, b: (
@@ -239,6 +239,7 @@ def _pivot(s: _Search) -> jax.Array:
     return jnp.where(s.step < 24, by_value, by_bits)
 
 
-def _reduce(arrays: tuple[jax.Array, ...], start: tuple[object, ...], combine: object) -> tuple[jax.Array, ...]:
+def reduce(arrays: tuple[jax.Array, ...], start: tuple[object, ...], combine: object) -> tuple[jax.Array, ...]:
+    """Reduces the last axis of several arrays of one shape at once, by a function of two tuples."""
     # Variadic, because XLA's CPU backend makes one vectorised pass of it, and slow scalar loops of single reductions.
     return tuple(lax.reduce(arrays, start, combine, (arrays[0].ndim - 1,)))  # type: ignore[arg-type]

@@ -106,12 +106,14 @@ def _filter(logits: jax.Array, option: Options, width: int) -> jax.Array:
     rows = cuts.as_rows(logits, option)
     found = cuts.look(rows, width)
 
+    y = cuts.warmed(rows, rows.x)
+
     def by_search() -> cuts.Cut:
-        y = cuts.blocked(rows.y)
-        return cuts.search(rows, y, cuts.relative(y, rows.largest))
+        blocks = cuts.blocked(y)
+        return cuts.search(rows, blocks, cuts.relative(blocks, rows.largest))
 
     cut = lax.cond(found.suffices.all(), lambda: found.cut, by_search)
-    kept = cuts.keeps(rows, rows.y, cuts.relative(rows.y, rows.largest), cut)
-    first = jnp.arange(rows.y.shape[1]) == cuts.first_largest(rows)[:, None]
-    y = jnp.where(jnp.where(rows.greedy[:, None], first, kept), rows.y, -jnp.inf)
+    kept = cuts.keeps(rows, y, cuts.relative(y, rows.largest), cut)
+    first = jnp.arange(y.shape[1]) == cuts.first_largest(rows)[:, None]
+    y = jnp.where(jnp.where(rows.greedy[:, None], first, kept), y, -jnp.inf)
     return jnp.where(jnp.isnan(rows.largest)[:, None], jnp.nan, y).reshape(logits.shape)

@@ -82,11 +82,11 @@ def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Arr
     cumulative = exact.sums_where(found.token[:, None, :] <= found.token[:, :, None], weight)  # in vocabulary order
     total = exact.block_sums(exact.Limbs(*(limb[:, None] for limb in weight)))
     mark = exact.scaled(total, tuple(digit[:, None] for digit in u))
-    return jnp.where(exact.above(cumulative, mark), found.token, rows.y.shape[1]).min(-1)
+    return jnp.where(exact.above(cumulative, mark), found.token, rows.x.shape[1]).min(-1)
 
 
 def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
-    y = cuts.blocked(rows.y)
+    y = cuts.blocked(cuts.warmed(rows, rows.x))
     prob = cuts.relative(y, rows.largest)
     kept = cuts.keeps(rows, y, prob, cuts.search(rows, y, prob))
     weight = exact.limbs(jnp.where(kept, prob, 0.0))
