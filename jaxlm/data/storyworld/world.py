@@ -210,7 +210,7 @@ RICH = World(
         ("where", 0.17), ("with", 0.14), ("got", 0.22), ("hue", 0.13), ("found", 0.12), ("felt", 0.12), ("sky", 0.05),
     ),
     wordings=(
-        ("dawn", (("That {time} it was {sky}.", 1.0),)),
+        ("dawn", (("That {time} the weather first looked {sky}.", 1.0),)),
         ("arrive", (("{who} lived in the {place}.", 1.0),)),
         ("own", (_OWN,)),
         (
@@ -231,7 +231,7 @@ RICH = World(
         ),
         ("paint", (("Thanks to {who} the {thing} now looked {colour}.", 1.0),)),
         ("feel", _even("{who} now felt {mood}.", "{who} suddenly felt {mood}.")),
-        ("turn", (("Suddenly it was {sky}.", 1.0),)),
+        ("turn", (("The weather now looked {sky}.", 1.0),)),
         ("act", (("{who} {act}.", 1.0),)),
         ("greet", (("{who} greeted {other}.", 0.5), ("{who} thanked {other}.", 0.5))),
         (
@@ -246,7 +246,7 @@ RICH = World(
         ("hue", (("The {thing} still looked {colour}.", 1.0),)),
         ("found", (("The {thing} stayed with {who} over in the {place}.", 1.0),)),
         ("felt", (("{who} still felt {mood}.", 1.0),)),
-        ("sky", (("Still it was {sky}.", 1.0),)),
+        ("sky", (("The weather still looked {sky}.", 1.0),)),
     ),
     ending=(*[0.0] * 10, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.35, 0.5, 1.0),
     questions=("where", "with", "hue", "got", "found", "felt"),
