@@ -2,122 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import jax
 
-from jaxlm import interop
-from jaxlm.config import ModelConfig
 from jaxlm.data import encode_prompt
 from jaxlm.errors import InputError
-from jaxlm.interop.gguf import load_gguf
-from jaxlm.model import Params
-from jaxlm.sample import Sampling, generate, prepare
+from jaxlm.loading import Loaded, load_model, start_ids
+from jaxlm.sample import Sampling, generate
 from jaxlm.sample.stream import stream
-from jaxlm.stages import runs, saved
-from jaxlm.stages.store import read_json
 from jaxlm.tokenizers import Tokenizer
+
+__all__ = ["HELP", "Loaded", "Messages", "answer", "chat", "chat_ids", "fitted", "load_model", "sample", "start_ids"]
 
 Messages = list[dict[str, str]]
 
 HELP = "/reset forgets the conversation, /exit (or end of input) leaves, Ctrl-C stops an answer."
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class Loaded(NamedTuple):
-    """A model to talk to.
-
-    Attributes:
-        cfg: its shape.
-        params: its weights, laid out for decoding.
-        tokenizer: its own.
-        stop_ids: what ends an answer.
-        template: for a run of ours that was fine-tuned, the text that questions were put into (`sft.template`).
-        notes: sentences to show the person, such as about a damaged checkpoint that was passed over.
-    """
-
-    cfg: ModelConfig
-    params: Params
-    tokenizer: Tokenizer
-    stop_ids: tuple[int, ...]
-    template: str | None = None
-    notes: tuple[str, ...] = ()
-
-
-def load_model(
-    name: str | Path,
-    root: str | Path = ".",
-    *,
-    dtype: str | None = None,
-    tokenizer: Tokenizer | None = None,
-    prepared: bool = True,
-) -> Loaded:
-    """The model that a person means: a .gguf file, a Hugging Face directory, a run, or a repository id.
-
-    Args:
-        name: what was typed. A file or directory of that name comes before a run, a run before `owner/name` on the hub.
-        root: the directory that holds store/ and runs/.
-        dtype: of imported weights; float32 when empty. Runs have the type that they were saved in.
-        tokenizer: instead of the one with imported weights, which may then have none.
-        prepared: lay the weights out for decoding; False leaves them as `jaxlm.init` does.
-
-    Raises:
-        InputError: there is no such model, it is damaged, or it has no tokenizer.
-        UnavailableError: a repository is neither in the cache nor reachable.
-    """
-    path = Path(name)
-    if path.suffix == ".gguf":
-        return _imported(name, load_gguf(path, dtype=dtype), tokenizer, prepared)
-    if (path / "config.json").is_file():
-        return _imported(name, interop.load_hf(path, dtype=dtype), tokenizer, prepared)
-    root = Path(root)
-    local = any(place.exists() for place in (path, root / "runs" / path, root / "store" / path, root / path))
-    if not local and _REPO_ID.fullmatch(str(name)):
-        return _imported(name, interop.load_hf(str(name), dtype=dtype), tokenizer, prepared)
-    found = saved.load(runs.resolve(name, root, stages=("sft", "pretrain")))
-    eot = found.tokenizer.eot_id
-    params = prepare(found.cfg, found.params) if prepared else found.params
-    return Loaded(
-        found.cfg, params, found.tokenizer, () if eot is None else (eot,),
-        _sft_template(runs.resolve(name, root)), tuple(found.notes),
-    )  # fmt: skip
-
-
-def _imported(name: str | Path, found: interop.Loaded, instead: Tokenizer | None, prepared: bool) -> Loaded:
-    cfg, params, own = found
-    tokenizer = own if instead is None else instead
-    if tokenizer is None:
-        raise InputError(f"{name}: there is no tokenizer with these weights; put its tokenizer.json beside them.")
-    ends = [*getattr(tokenizer, "stop_ids", ()), *([] if tokenizer.eot_id is None else [tokenizer.eot_id])]
-    params = prepare(cfg, params) if prepared else params
-    return Loaded(cfg, params, tokenizer, tuple(dict.fromkeys(i for i in ends if i < cfg.vocab_size)))
-
-
-def _sft_template(place: Path) -> str | None:
-    if not (place / "run.json").is_file() or "sft" not in runs.stages_of(place):
-        return None
-    found = read_json(place / "run.json").get("config", {}).get("sft", {}).get("template")
-    return found if isinstance(found, str) else None
-
-
-def start_ids(tokenizer: Tokenizer, *, empty: bool) -> list[int]:
-    """What comes before a text: bos_token where the model was trained with one, `<|endoftext|>` for our own models.
-
-    Args:
-        tokenizer: the model's.
-        empty: there is no text, so some token has to stand there.
-    """
-    found = list(getattr(tokenizer, "start_ids", ()))
-    own = not hasattr(tokenizer, "start_ids")
-    if not found and (own or empty):
-        candidates = (getattr(tokenizer, "bos_id", None), tokenizer.eot_id)
-        found = [i for i in candidates if i is not None][:1]
-    return found
 
 
 def sample(

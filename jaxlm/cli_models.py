@@ -12,24 +12,29 @@ from cyclopts import Parameter
 from jaxlm.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxlm.chat import Loaded
-    from jaxlm.config import ModelConfig
-    from jaxlm.model import Params
+    from jaxlm.loading import Loaded
 
+# What several commands take is said once here.
+_MODEL = (
+    "a run's name, the directory of a run, a stage or a checkpoint, a Hugging Face directory or owner/name, or a .gguf "
+    "file; of a run the fine-tuned model comes first"
+)
+Model = Annotated[str, Parameter(help=_MODEL)]
+Shape = Annotated[str, Parameter(help=f"the name of a preset, such as gpt2, or {_MODEL}")]
 Root = Annotated[Path, Parameter(help="directory that holds store/ and runs/")]
-Model = Annotated[
-    str,
-    Parameter(
-        help="a run's name, the directory of a run, a stage or a checkpoint, a Hugging Face directory or owner/name, "
-        "or a .gguf file; of a run the fine-tuned model comes first"
-    ),
+Length = Annotated[int, Parameter(help="most tokens of an answer or a continuation")]
+Temperature = Annotated[float, Parameter(help="0 is greedy")]
+TopK = Annotated[int, Parameter(help="keep the k most likely tokens; 0 is off")]
+TopP = Annotated[
+    float, Parameter(help="keep the most likely tokens that make up this share of the probability; 1: off")
 ]
+Seed = Annotated[int, Parameter(help="the same seed and the same words give the same text")]
 
 bench = cyclopts.App(name="bench", help="Measure this machine.")
 
 
 def _load(name: str, root: Path, *, prepared: bool = True) -> Loaded:
-    from jaxlm.chat import load_model
+    from jaxlm.loading import load_model
 
     found = load_model(name, root, prepared=prepared)
     for note in found.notes:
@@ -42,15 +47,15 @@ def sample(
     /,
     *,
     prompt: str = "",
-    max_new_tokens: int = 100,
+    max_new_tokens: Length = 100,
     n: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     min_p: float = 0.0,
     typical_p: float = 1.0,
     repetition_penalty: float = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
     root: Root = Path("."),
 ) -> None:
     """Continue a prompt; the text is written while it comes.
@@ -59,24 +64,14 @@ def sample(
     ----------
     prompt
         The text to continue.
-    max_new_tokens
-        Longest continuation.
     n
         How many continuations.
-    temperature
-        0 is greedy.
-    top_k
-        Keep the k most likely tokens; 0 is off.
-    top_p
-        Keep the most likely tokens that make up this share of the probability; 1 is off.
     min_p
         Keep tokens at least this share as likely as the most likely one.
     typical_p
         Keep the tokens of most usual surprise that make up this share of the probability; 1 is off.
     repetition_penalty
         Above 1: tokens that came before become less likely.
-    seed
-        The same seed gives the same texts.
     """
     from jaxlm import chat as talk
     from jaxlm.sample import Sampling
@@ -95,11 +90,11 @@ def chat(
     /,
     *,
     system: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 0.7,
-    top_k: int = 0,
-    top_p: float = 0.95,
-    seed: int = 0,
+    max_new_tokens: Length = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
     root: Root = Path("."),
 ) -> None:
     """Talk to a model. On a terminal turn by turn; otherwise standard input is one message.
@@ -108,16 +103,6 @@ def chat(
     ----------
     system
         The system message; empty: the model's own.
-    max_new_tokens
-        Longest answer.
-    temperature
-        0 is greedy.
-    top_k
-        Keep the k most likely tokens; 0 is off.
-    top_p
-        Keep the most likely tokens that make up this share of the probability; 1 is off.
-    seed
-        The same seed and messages give the same answers.
     """
     from jaxlm import chat as talk
     from jaxlm.sample import Sampling
@@ -127,7 +112,7 @@ def chat(
 
 
 def inspect(
-    model: Model,
+    model: Shape,
     /,
     *,
     block: int | None = None,
@@ -139,23 +124,25 @@ def inspect(
 
     Parameters
     ----------
-    model
-        Also the name of a preset, such as gpt2.
     block
         Print this block's parts and the shape of its output instead.
     batch
         Rows of the training step and of decoding.
     length
-        Tokens in a row; empty: the model's longest.
+        Tokens in a row; empty: the model's context, at most 1024 (with --block 4).
     """
     from jaxlm import inspect_model
+    from jaxlm.loading import read_shape
+    from jaxlm.presets import preset
     from jaxlm.stages.runner import say
 
-    cfg, params = _shape(model, root)
+    cfg = preset(model) if _is_preset(model, root) else read_shape(model, root)
+    if batch < 1 or (length is not None and length < 1):
+        raise InputError(f"--batch {batch} --length {length}: both are at least 1.")
     if block is not None:
         say(inspect_model.block_report(cfg, block, batch=batch, length=length or 4))
     else:
-        say(inspect_model.report(cfg, params, batch=batch, length=length))
+        say(inspect_model.report(cfg, batch=batch, length=length))
 
 
 def import_hf(source: str, directory: Path, /, *, revision: str | None = None) -> None:
@@ -176,6 +163,8 @@ def import_hf(source: str, directory: Path, /, *, revision: str | None = None) -
     from jaxlm.stages import saved
     from jaxlm.stages.runner import say
 
+    if revision is not None and source.endswith(".gguf"):
+        raise InputError(f"--revision {revision}: {source} is a file and has none; leave it out.")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: is there already and not an empty directory; choose another.")
     cfg, params, tokenizer = load_gguf(source) if source.endswith(".gguf") else load_hf(source, revision=revision)
@@ -196,13 +185,22 @@ def export_hf(model: Model, directory: Path, /, *, root: Root = Path(".")) -> No
     directory
         A new one, an empty one or an earlier export.
     """
+    import warnings
+
     from jaxlm.interop import families, save_hf
     from jaxlm.stages.runner import say
 
     found = _load(model, root, prepared=False)
-    save_hf(directory, found.cfg, found.params, found.tokenizer)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        save_hf(directory, found.cfg, found.params, found.tokenizer)
+    for note in notes:
+        print(note.message, file=sys.stderr)
     family = families.family_of(found.cfg)
-    reader = "transformers and jaxlm read it" if family.architecture else "jaxlm reads it"
+    reader = "transformers and jaxlm read it"
+    if not family.architecture:
+        reader = "jaxlm reads it and transformers does not, for no published family has its "
+        reader += ", ".join(families.unpublished(found.cfg)) or "sizes"
     say(f"{directory}: exported as model_type {family.model_type}; {reader}")
 
 
@@ -223,7 +221,7 @@ def recipe(config: str, /, *, root: Root = Path(".")) -> None:
 
 @bench.command
 def decode(
-    model: Model = "smollm2-135m",
+    model: Shape = "smollm2-135m",
     /,
     *,
     batch_sizes: tuple[int, ...] = (1, 8),
@@ -236,10 +234,10 @@ def decode(
 ) -> None:
     """Time compilation, the first token by prompt length, and decoding by batch size, beside the memory's bandwidth.
 
+    A preset gets random weights: time does not depend on them.
+
     Parameters
     ----------
-    model
-        Also the name of a preset, which gets random weights: time does not depend on them.
     batch_sizes
         Rows that decode together.
     prompt_lengths
@@ -253,23 +251,22 @@ def decode(
     out
         A directory for decode.json and the plot.
     """
+    from jaxlm.presets import preset
     from jaxlm.sample.timing_report import bench as run
 
-    cfg, params = _shape(model, root)
+    found = None if _is_preset(model, root) else _load(model, root, prepared=False)
+    cfg, params = (preset(model), None) if found is None else found[:2]
     run(
         cfg.replace(compute_dtype=dtype), params, name=model, batch_sizes=batch_sizes, prompt_lengths=prompt_lengths,
         new_tokens=new_tokens, repeats=repeats, out=out,
     )  # fmt: skip
 
 
-def _shape(model: str, root: Path) -> tuple[ModelConfig, Params | None]:
-    """A preset's shape without weights, or a model's with them."""
-    from jaxlm.presets import PRESETS, preset
+def _is_preset(model: str, root: Path) -> bool:
+    """A preset's name, unless a run has it."""
+    from jaxlm.presets import PRESETS
 
-    if model in PRESETS and not (root / "runs" / model).exists():
-        return preset(model), None
-    found = _load(model, root, prepared=False)
-    return found.cfg, found.params
+    return model in PRESETS and not (root / "runs" / model).exists()
 
 
 def register(app: cyclopts.App) -> None:

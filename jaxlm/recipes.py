@@ -16,13 +16,14 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
-from jaxlm import chat, tokenizers
+from jaxlm import tokenizers
 from jaxlm._frozen import Frozen, Positive
 from jaxlm.config import ModelConfig, find_config, validated
 from jaxlm.data.download import fetch
 from jaxlm.data.sources import source
 from jaxlm.errors import InputError, UnavailableError
 from jaxlm.evaluate import eval_step
+from jaxlm.loading import load_model
 from jaxlm.model import Params
 
 
@@ -85,7 +86,7 @@ def run(recipe: Recipe, root: str | Path = ".") -> Losses:
     where = _mirrored(recipe.model)
     named = None if recipe.tokenizer is None else tokenizers.load(recipe.tokenizer)
     try:
-        loaded = chat.load_model(where, root, tokenizer=named, prepared=False)
+        loaded = load_model(where, root, tokenizer=named, prepared=False)
     except UnavailableError as error:
         raise UnavailableError(
             f"{recipe.name}: the weights of {recipe.model} are missing here ({str(error).rstrip('.')}); go online, or "

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxlm import chat, init
+from jaxlm import chat, init, interop
+from jaxlm.cli import main
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.interop import save_hf
@@ -91,10 +95,79 @@ def test_what_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         asked.append(name)
         raise InputError("away")
 
-    monkeypatch.setattr(chat.interop, "load_hf", load)
+    monkeypatch.setattr(interop, "load_hf", load)
     with pytest.raises(InputError, match="away"):
         chat.load_model("owner/name", tmp_path)
     assert asked == ["owner/name"]
+
+
+def test_an_imported_run_keeps_its_stop_ids(directory: Path, tmp_path: Path) -> None:
+    """Of `jaxlm import-hf`: what the published model's files say ends an answer, as in its own directory."""
+    rules = json.loads((directory / "generation_config.json").read_text())
+    source = shutil.copytree(directory, tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps(rules | {"eos_token_id": [256, 258]}))
+    with pytest.raises(SystemExit) as ended:
+        main(["import-hf", str(source), str(tmp_path / "run")])
+    assert ended.value.code == 0
+    run, published = (chat.load_model(path) for path in (tmp_path / "run", source))
+    assert run.stop_ids == published.stop_ids == (256, 258)
+    assert run.tokenizer == published.tokenizer
+    jax.tree.map(np.testing.assert_array_equal, run.params, published.params)
+    assert chat.chat_ids(run, [{"role": "user", "content": "Hi"}])[0] == 257
+
+
+def test_export_says_who_reads_it(tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(tiny_run.root)
+    with pytest.raises(SystemExit) as ended:
+        main(["export-hf", "tiny", str(tmp_path / "out"), "--root", root])
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.err) == (0, "")
+    assert "exported as model_type jaxlm; jaxlm reads it and transformers does not" in captured.out
+    # What the nano preset has and the nearest family's config.json, Qwen3's, has no field for.
+    assert "published family has its norm_scale, embed_mix, key_offset, mlp, logit_softcap\n" in captured.out
+    before, after = chat.load_model("tiny", root), chat.load_model(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    assert (after.cfg, after.tokenizer, after.stop_ids) == (before.cfg, before.tokenizer, before.stop_ids)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["import-hf", "x.gguf", "new", "--revision", "main"], "--revision main: x.gguf is a file and has none"),
+        (["import-hf", "x.gguf", "new"], "x.gguf: no such file"),
+        (["import-hf", "no/such/place", "new"], "no/such/place: there is no such directory"),
+        (["import-hf", "x.gguf", "."], ".: is there already and not an empty directory"),
+        (["export-hf", "nothing", "new"], "nothing: no such run, stage or directory"),
+        (["chat", "nothing"], "nothing: no such run, stage or directory"),
+        (["chat", "nothing", "--top-p", "2"], "top_p"),
+        (["sample", "nothing", "--n", "0"], "--n 0"),
+    ],
+)
+def test_wrong_words_are_one_sentence(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (65, "")
+    assert captured.err.startswith("jaxlm: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_options_keep_their_names_and_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--root"]
+    for command, own in (("sample", ["--prompt", "--n", "--min-p", "--typical-p", "--repetition-penalty"]),
+                         ("chat", ["--system"])):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(option in out for option in [*shared, *own])
+        assert "keep the k most likely tokens" in out
 
 
 def test_weights_without_a_tokenizer(directory: Path, tmp_path: Path) -> None:

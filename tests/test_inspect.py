@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from jaxlm import apply, init, init_cache, inspect_model, preset
+from jaxlm.cli import main
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
+from jaxlm.interop import save_hf
+from jaxlm.loading import read_shape
+from jaxlm.stages import saved
+
+try:
+    import gguf
+except ImportError:  # an extra
+    gguf = None
 
 QUICK_COMPILE = True
 
@@ -113,3 +126,82 @@ def test_a_block(name: str) -> None:
             inspect_model.block_report(cfg, wrong)
     with pytest.raises(InputError, match="this model has 0 blocks"):
         inspect_model.block_report(preset("bigram"), 0)
+
+
+@pytest.fixture
+def sources(tiny_run: Any, tmp_path: Path) -> dict[str, tuple[str, ModelConfig]]:
+    """What a person may name, of every kind, and the shape that it has."""
+    llama = preset("llama-3.2-1b", vocab_size=64, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=48)
+    nano = preset("nano", vocab_size=64, n_layers=1, d_model=32, n_heads=2)
+    found = {"preset": ("gpt2", preset("gpt2"))}
+    for name, cfg in (("llama", llama), ("ours", nano)):
+        save_hf(tmp_path / name, cfg, init(cfg, jax.random.key(0)))
+        found[name] = (str(tmp_path / name), cfg)
+    (tmp_path / "llama" / "model.safetensors").unlink()  # nobody asks for the weights
+    stage = tiny_run.manifests["sft"].directory
+    run = saved.read_config(stage)
+    found |= {"run": ("tiny", run), "stage": (str(stage), run), "checkpoint": (str(stage / "checkpoints" / "12"), run)}
+    if gguf is not None:
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        for name, value in {
+            "block_count": 2, "context_length": 131072, "embedding_length": 32, "feed_forward_length": 48,
+            "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 16,
+        }.items():  # fmt: skip
+            writer.add_uint32(f"llama.{name}", value)
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_float32("llama.rope.freq_base", 500_000.0)
+        writer.add_tensor("token_embd.weight", np.zeros((64, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        found["gguf"] = (str(tmp_path / "x.gguf"), llama.replace(rope_scaling=None))
+    return found
+
+
+def test_every_kind_of_source(sources: dict[str, tuple[str, ModelConfig]], tiny_run: Any, capsys: Any) -> None:
+    for kind, (name, cfg) in sources.items():
+        if kind != "preset":
+            assert read_shape(name, tiny_run.root) == cfg, kind
+        for options in ([], ["--block", "0"]):
+            with pytest.raises(SystemExit) as ended:
+                main(["inspect", name, "--root", str(tiny_run.root), "--length", "8", *options])
+            assert ended.value.code == 0
+            out = capsys.readouterr().out
+            expected = inspect_model.block_report(cfg, 0, batch=1, length=8)
+            assert out == (expected if options else inspect_model.report(cfg, length=8)) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gtp2"], "gtp2: no such run, stage or directory"),
+        (["gpt2", "--block", "12"], "--block 12: this model has 12 blocks, counted from 0."),
+        (["bigram", "--block", "0"], "this model has 0 blocks"),
+        (["gpt2", "--batch", "0"], "--batch 0"),
+        (["gpt2", "--length", "-3"], "--length -3"),
+        (["absent.gguf"], "absent.gguf: no such file; give the path of a .gguf file."),
+        (["some.safetensors"], "give the directory that holds it and its config.json"),
+        (["notes.txt"], "this is a file, and one that may hold a pickle"),
+        (["empty"], "empty: holds no model (neither model.json nor config.json); give a run"),
+        (["download"], "download: holds no model (neither model.json nor config.json); give its tiny.gguf."),
+        (["broken"], "config.json: field model_type: 'bert' is not supported; jaxlm reads gpt2, llama"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_sentence(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("empty", "download", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "download" / "tiny.gguf").write_bytes(b"GGUF")
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "bert"}')
+    for name in ("some.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", *arguments])
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (65, "")
+    assert captured.err.startswith("jaxlm: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import apply, chat, init, preset, recipes, tokenizers
+from jaxlm import apply, init, interop, preset, recipes, tokenizers
 from jaxlm.errors import InputError, UnavailableError
 from jaxlm.interop import save_hf
 
@@ -57,7 +57,8 @@ def test_the_losses_are_those_of_the_logits(
     mirror = tmp_path / "mirror"
     save_hf(mirror / "openai-community" / "gpt2", cfg, params, tok)
     monkeypatch.setenv("JAXLM_MIRROR", str(mirror))
-    (mirror / "openai-community" / "gpt2" / "tokenizer.jaxlm.json").unlink()  # the recipe names one
+    for name in ("tokenizer.jaxlm.json", "tokenizer.json"):  # the recipe names one
+        (mirror / "openai-community" / "gpt2" / name).unlink()
     monkeypatch.setattr(tokenizers, "load", {"gpt2": tok}.get)
     recipe = recipe.replace(length=8, stride=8)
     losses = recipes.run(recipe)
@@ -82,6 +83,6 @@ def test_missing_weights_are_said(recipe: recipes.Recipe, monkeypatch: pytest.Mo
 
     monkeypatch.delenv("JAXLM_MIRROR", raising=False)
     monkeypatch.setattr(tokenizers, "load", lambda name: None)
-    monkeypatch.setattr(chat.interop, "load_hf", away)
+    monkeypatch.setattr(interop, "load_hf", away)
     with pytest.raises(UnavailableError, match=r"weights of openai-community/gpt2 are missing here .*JAXLM_MIRROR"):
         recipes.run(recipe)

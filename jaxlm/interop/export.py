@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from jaxlm.interop.placing import tensors
 from jaxlm.tokenizers import Tokenizer, hf_files
 from jaxlm.tokenizers.base import FILE_NAME
 from jaxlm.tokenizers.hf_json import HFTokenizer
+from jaxlm.tokenizers.to_hf import to_hf
 
 GENERATION = "generation_config.json"
 _WRITTEN = {CONFIG, SINGLE, GENERATION, FILE_NAME, hf_files.JSON, hf_files.CONFIG, hf_files.TEMPLATE}
@@ -39,7 +41,9 @@ def save_hf(directory: str | Path, cfg: ModelConfig, params: model.Params, token
         directory: where to; missing, empty, or an earlier export.
         cfg: the model's shape.
         params: its parameters, as `init` or `load_hf` made them; their type is kept.
-        tokenizer: its files, chat template and stop ids are written too.
+        tokenizer: its files, chat template and stop ids are written too. One of our own is written twice: as itself,
+            which `load_hf` prefers, and as a `tokenizer.json`. One that this cannot express (see `tokenizers.to_hf`)
+            has only the first file, and a warning says why.
 
     Returns:
         The directory.
@@ -68,13 +72,14 @@ def save_hf(directory: str | Path, cfg: ModelConfig, params: model.Params, token
             ids = _special_ids(tokenizer)
             _write_json(staging / CONFIG, _config(cfg, family, ids, str(described[0][1])))
             _write_json(staging / GENERATION, ids)
-            if tokenizer is not None:
-                _write_tokenizer(staging, tokenizer)
+            note = None if tokenizer is None else _write_tokenizer(staging, tokenizer, family)
             sync_directory(staging)
             _swap(staging, target, replaced)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+    if note:
+        warnings.warn(f"{target}: {note}", stacklevel=2)
     return Path(directory)
 
 
@@ -102,11 +107,22 @@ def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, family: Family) -> str | None:
+    """Writes the tokenizer for transformers, one of our own for jaxlm too; returns what to know about it."""
     if isinstance(tokenizer, HFTokenizer):
         hf_files.write_directory(tokenizer, directory)
-    else:
-        tokenizer.save(directory)
+        return None
+    tokenizer.save(directory)
+    try:
+        hf_files.write_directory(to_hf(tokenizer), directory, spelled=False)
+    except InputError as error:
+        return f"only jaxlm reads this tokenizer: {error}"
+    if family.model_type == "qwen2":
+        return (
+            "transformers 5 takes the tokenizer of every qwen2 model for Qwen's own, so there read this one with "
+            "PreTrainedTokenizerFast.from_pretrained and not with AutoTokenizer."
+        )
+    return None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""The families of published models: how their `config.json` maps to a `ModelConfig`, and their names to our weights.
+"""The families of published models: how their `config.json` maps to a `ModelConfig`.
 
-Both are read both ways, so import and export cannot drift apart. A family expresses a `ModelConfig` when mapping it
-there and back gives the same: so an option that the family's format has no field for needs no list of exceptions.
-The last family, `jaxlm`, is our own format: it expresses everything, and its names are the paths of our tree.
+Read both ways, like the names of the tensors (`names`), so import and export cannot drift apart. A family expresses a
+`ModelConfig` when mapping it there and back gives the same: so an option that the family's format has no field for
+needs no list of exceptions. The last family, `jaxlm`, is our own format: it expresses everything, and its names are the
+paths of our tree.
 
-Sources: the `config.json` files and tensor names of the published models; Radford et al. (GPT-2, 2019), Touvron et al.
+Sources: the `config.json` files of the published models; Radford et al. (GPT-2, 2019), Touvron et al.
 (Llama, arXiv 2302.13971), Qwen Team (arXiv 2309.16609, 2407.10671, 2505.09388).
 """
 
@@ -16,24 +17,10 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import ModelConfig, RopeScaling, validated
 from jaxlm.errors import InputError
+from jaxlm.interop.names import Rule, gpt2_rules, llama_rules
 from jaxlm.model.weights import TABLE
 
 Raw = Mapping[str, Any]
-
-
-class Rule(NamedTuple):
-    """One row of a name table.
-
-    Attributes:
-        name: the tensor in the file, `{i}` standing for the layer.
-        paths: the weights in our tree, e.g. `("blocks/attn/q/kernel",)`, where layers are stacked on axis 0. Several:
-            the tensor holds them side by side along the last axis of ours.
-        transpose: the file has [out, in] where ours is [in, out].
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    transpose: bool = False
 
 
 class Family(NamedTuple):
@@ -56,50 +43,6 @@ class Family(NamedTuple):
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     table: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
-
-
-def _gpt2_rules() -> tuple[Rule, ...]:
-    """Its matrices ("Conv1D") are [in, out] like ours; q, k and v are one matrix."""
-
-    def pair(name: str, path: str, matrix: bool) -> list[Rule]:
-        weight = "kernel" if matrix else "scale"
-        return [Rule(f"{name}.weight", (f"{path}/{weight}",)), Rule(f"{name}.bias", (f"{path}/bias",))]
-
-    h = "transformer.h.{i}"
-    fused = [
-        Rule(f"{h}.attn.c_attn.{theirs}", tuple(f"blocks/attn/{x}/{ours}" for x in "qkv"))
-        for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
-    ]
-    return (
-        Rule("transformer.wte.weight", ("embed/tokens",)),
-        Rule("transformer.wpe.weight", ("embed/positions",)),
-        *pair(f"{h}.ln_1", "blocks/norm1", False),
-        *fused,
-        *pair(f"{h}.attn.c_proj", "blocks/attn/o", True),
-        *pair(f"{h}.ln_2", "blocks/norm2", False),
-        *pair(f"{h}.mlp.c_fc", "blocks/mlp/up", True),
-        *pair(f"{h}.mlp.c_proj", "blocks/mlp/down", True),
-        *pair("transformer.ln_f", "final_norm", False),
-        Rule("lm_head.weight", ("head/kernel",), transpose=True),
-    )
-
-
-def _llama_rules() -> tuple[Rule, ...]:
-    """The names that Llama, Qwen2 and Qwen3 share; torch's Linear is [out, in]."""
-    layer = "model.layers.{i}"
-    linear = {"self_attn.q_proj": "attn/q", "self_attn.k_proj": "attn/k", "self_attn.v_proj": "attn/v",
-              "self_attn.o_proj": "attn/o", "mlp.gate_proj": "mlp/gate", "mlp.up_proj": "mlp/up",
-              "mlp.down_proj": "mlp/down"}  # fmt: skip
-    norms = {"input_layernorm": "norm1", "self_attn.q_norm": "attn/q_norm", "self_attn.k_norm": "attn/k_norm",
-             "post_attention_layernorm": "norm2"}  # fmt: skip
-    return (
-        Rule("model.embed_tokens.weight", ("embed/tokens",)),
-        *(Rule(f"{layer}.{theirs}.weight", (f"blocks/{ours}/scale",)) for theirs, ours in norms.items()),
-        *(Rule(f"{layer}.{theirs}.weight", (f"blocks/{ours}/kernel",), True) for theirs, ours in linear.items()),
-        *(Rule(f"{layer}.{theirs}.bias", (f"blocks/{ours}/bias",)) for theirs, ours in linear.items()),
-        Rule("model.norm.weight", ("final_norm/scale",)),
-        Rule("lm_head.weight", ("head/kernel",), True),
-    )
 
 
 _MISSING: Any = object()
@@ -246,7 +189,7 @@ def _ours_to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _llama_family(model_type: str, architecture: str) -> Family:
     return Family(
         model_type, architecture, "model.", partial(_llama_from_hf, model_type=model_type),
-        partial(_llama_to_hf, model_type=model_type), _llama_rules(), (".rotary_emb.inv_freq",),
+        partial(_llama_to_hf, model_type=model_type), llama_rules(), (".rotary_emb.inv_freq",),
     )  # fmt: skip
 
 
@@ -255,7 +198,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
-            "gpt2", "GPT2LMHeadModel", "transformer.", _gpt2_from_hf, _gpt2_to_hf, _gpt2_rules(),
+            "gpt2", "GPT2LMHeadModel", "transformer.", _gpt2_from_hf, _gpt2_to_hf, gpt2_rules(),
             (".attn.bias", ".attn.masked_bias"),
         ),
         _llama_family("llama", "LlamaForCausalLM"),
@@ -280,14 +223,23 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
 
 def family_of(cfg: ModelConfig) -> Family:
     """The first family whose format expresses the configuration; the last one, our own, expresses all."""
-    for family in FAMILIES.values():
-        try:
-            back = family.config_from_hf(family.config_to_hf(cfg))
-        except InputError:
-            continue
-        if canonical(back) == canonical(cfg):
-            return family
-    raise AssertionError("our own format did not give the configuration back")
+    return next(family for family in FAMILIES.values() if _unsaid(cfg, family) == ())
+
+
+def unpublished(cfg: ModelConfig) -> tuple[str, ...]:
+    """The options that keep a configuration from being one of the nearest published family; none if it is."""
+    found = [_unsaid(cfg, family) for family in FAMILIES.values() if family.architecture]
+    return min((options for options in found if options is not None), key=len, default=())
+
+
+def _unsaid(cfg: ModelConfig, family: Family) -> tuple[str, ...] | None:
+    """The options that a family's format has no field for; None: it cannot express the sizes either."""
+    try:
+        back = canonical(family.config_from_hf(family.config_to_hf(cfg)))
+    except InputError:
+        return None
+    ours, theirs = canonical(cfg).model_dump(), back.model_dump()
+    return tuple(name for name in ours if ours[name] != theirs[name])
 
 
 def read_config(raw: Raw, where: str) -> tuple[Family, ModelConfig]:

@@ -107,6 +107,17 @@ def load_gguf(path: str | Path, *, dtype: DTypeLike | None = None) -> Loaded:
     return Loaded(cfg, params, tokenizer)
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """The shape of the model in a GGUF file, from its header alone.
+
+    Raises:
+        InputError: as `load_gguf`, for what the header says.
+    """
+    path = Path(path)
+    reader, metadata = _open(path)
+    return _config(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
 def _dtype(dtype: DTypeLike | None) -> Any:
     try:
         return jnp.dtype(dtype or "float32")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from jaxlm import model, tokenizers
+from jaxlm._json import read_json
 from jaxlm.config import ModelConfig
 from jaxlm.errors import DiskError, InputError
 from jaxlm.interop import families, hub
@@ -22,6 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.jaxlm.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+_AGAIN = "get the file again"
 
 
 class Loaded(NamedTuple):
@@ -67,7 +68,7 @@ def load_hf(
     """
     directory = hub.locate(dir_or_repo_id, revision)
     try:
-        family, cfg = families.read_config(_json(directory / CONFIG), str(directory / CONFIG))
+        family, cfg = read_config(directory)
         source = _source(directory)
         tokenizer = _tokenizer(directory, cfg, family)
         return Loaded(cfg, place(cfg, family, source, dtype=dtype, sharding=sharding), tokenizer)
@@ -75,16 +76,15 @@ def load_hf(
         raise DiskError(f"{error.filename or directory}: cannot be read ({error.strerror}); check the disk.") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file; a model's directory holds one beside its weights.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); get the file again.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected an object, found {type(content).__name__}; get the file again.")
-    return content
+def read_config(directory: Path) -> tuple[families.Family, ModelConfig]:
+    """The family and the shape of the model in a directory, from its `config.json` alone.
+
+    Raises:
+        InputError: there is none, it is damaged, or it asks for what this model does not have.
+        DiskError: it cannot be read.
+    """
+    raw = read_json(directory / CONFIG, hint="take the one that belongs to the weights")
+    return families.read_config(raw, str(directory / CONFIG))
 
 
 def _source(directory: Path) -> Source:
@@ -110,7 +110,7 @@ def _source(directory: Path) -> Source:
 def _shards(directory: Path) -> dict[str, dict[str, files.Entry]]:
     """For each shard that the index names, the tensors that the index says are there."""
     path = directory / INDEX
-    weight_map = _json(path).get("weight_map")
+    weight_map = read_json(path, hint=_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{path}: field weight_map: expected the shard of each tensor; get the file again.")
     shards: dict[str, dict[str, files.Entry]] = {}

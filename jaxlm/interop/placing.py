@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from jaxlm import model
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
-from jaxlm.interop.families import Family, Rule
+from jaxlm.interop.families import Family
+from jaxlm.interop.names import Rule
 from jaxlm.model.weights import path_of
 
 Shape = tuple[int, ...]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.errors import InputError
+from jaxlm.tokenizers.bos import starting
 from jaxlm.tokenizers.chat_template import pick
 from jaxlm.tokenizers.hf_json import ROLES, HFTokenizer, canonical
 
@@ -93,7 +94,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> HFTokenizer | None:
         raise InputError(f"{where}: field tokenizer.ggml.model: {model!r} is not known here; known are gpt2, llama.")
     specials = _special_tokens(metadata, tokens, where)
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in dict(specials):
-        definition["post_processor"] = _starting(dict(specials)["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
+        definition["post_processor"] = starting(dict(specials)["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
     try:
         return HFTokenizer(
             canonical(definition),
@@ -122,18 +123,6 @@ def _special_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], where: s
             raise InputError(f"{where}: field tokenizer.ggml.{name}_token_id: {token_id} is not among the tokens.")
         found.append((role, tokens[token_id]))
     return found
-
-
-def _starting(text: str, token_id: int) -> dict[str, Any]:
-    """The post-processor that puts a token before every text."""
-    first: dict[str, Any] = {"SpecialToken": {"id": text, "type_id": 0}}
-    parts = [{"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1))]
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, parts[0]],
-        "pair": [first, *parts],
-        "special_tokens": {text: {"id": text, "ids": [token_id], "tokens": [text]}},
-    }
 
 
 def _stop_ids(metadata: Mapping[str, Any], n_tokens: int) -> tuple[int, ...]:

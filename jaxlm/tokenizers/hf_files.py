@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlm._json import read_json
 from jaxlm.errors import DiskError, InputError
+from jaxlm.tokenizers.bos import settled
 from jaxlm.tokenizers.chat_template import pick
 from jaxlm.tokenizers.hf_json import ROLES, HFTokenizer, canonical
 
@@ -32,10 +34,9 @@ def from_directory(directory: str | Path) -> HFTokenizer:
         hint = other if (folder / "tokenizer.model").is_file() else ""
         raise InputError(f"{folder / JSON}: there is no such file{hint}.")
     definition = _read(folder / JSON)
-    config = _read(folder / CONFIG, optional=True)
-    older = _read(folder / "special_tokens_map.json", optional=True)
-    generation = _read(folder / "generation_config.json", optional=True)
-    stop = generation.get("eos_token_id")
+    config = _read(folder / CONFIG)
+    older = _read(folder / "special_tokens_map.json")
+    stops = _stop_ids(folder / "generation_config.json")
     template = pick(config.get("chat_template"), where=f"{folder / CONFIG}: field chat_template")
     if (folder / TEMPLATE).is_file():
         template = _text(folder / TEMPLATE)
@@ -46,28 +47,37 @@ def from_directory(directory: str | Path) -> HFTokenizer:
             canonical(definition),
             special_tokens=tuple((role, text) for role, text in specials if text),
             add_bos=add_bos if isinstance(add_bos, bool) else None,
-            stop_ids=() if stop is None else tuple(map(int, stop if isinstance(stop, list) else [stop])),
+            stop_ids=stops,
             chat_template=template,
         )
-    except (InputError, TypeError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"{folder / JSON}: {error}") from None
     for role, text in tokenizer.special_tokens:
         if tokenizer.backend.token_to_id(text) is None:
             raise InputError(f"{folder / CONFIG}: field {role}: {text!r} is not in the vocabulary of {JSON}.")
-    return tokenizer
+    return settled(tokenizer)
 
 
-def write_directory(tokenizer: HFTokenizer, directory: str | Path) -> list[Path]:
+def write_directory(tokenizer: HFTokenizer, directory: str | Path, *, spelled: bool = True) -> list[Path]:
     """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, for transformers to load.
+
+    Args:
+        tokenizer: what to write.
+        directory: where to.
+        spelled: transformers finds special tokens by their spelling in text, as the published models have it;
+            False: there as here, the spelling is ordinary text.
 
     Raises:
         DiskError: a file cannot be written.
     """
     folder = Path(directory)
+    tokenizer = settled(tokenizer)
     config: dict[str, Any] = dict(tokenizer.special_tokens) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     config["clean_up_tokenization_spaces"] = False
     if tokenizer.add_bos is not None:
         config["add_bos_token"] = tokenizer.add_bos
+    if not spelled:
+        config["split_special_tokens"] = True
     contents = {JSON: tokenizer.definition, CONFIG: json.dumps(config, indent=2) + "\n"}
     if tokenizer.chat_template is not None:
         contents[TEMPLATE] = tokenizer.chat_template
@@ -89,18 +99,16 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: is not UTF-8 text ({error}); download it again.") from None
 
 
-def _read(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.is_file():
-        return {}
-    try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not readable as JSON ({error}); download it again.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}; download it again.")
-    return content
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, hint="download it again") if path.is_file() else {}
+
+
+def _stop_ids(path: Path) -> tuple[int, ...]:
+    found = _read(path).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError(f"{path}: field eos_token_id: expected a token's id or a list of them, found {found!r:.60}.")
+    return tuple(ids)
 
 
 def _content(token: object) -> str | None:

@@ -103,6 +103,11 @@ class HFTokenizer:
         """What the model expects before a text: its bos_token, or nothing."""
         if self.add_bos is not None:
             return (self.bos_id,) if self.add_bos and self.bos_id is not None else ()
+        return self.processed_start
+
+    @cached_property
+    def processed_start(self) -> tuple[int, ...]:
+        """What the definition's own post-processor puts before a text."""
         encoding = self._ordinary.encode("a")
         first = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
         return tuple(encoding.ids[:first])
@@ -137,6 +142,9 @@ class HFTokenizer:
                 yield ""
                 continue
             yield text[len(shown) :]
+            if self._looks_far:
+                shown = text
+                continue
             window, start = window[start:], len(window) - start
             shown = self._ordinary.decode(window, skip_special_tokens=False)
         yield self._ordinary.decode(window, skip_special_tokens=False)[len(shown) :]
@@ -192,6 +200,13 @@ class HFTokenizer:
                 raise outside(i, self.vocab_size)
             if i != pad:
                 yield int(i)
+
+    @cached_property
+    def _looks_far(self) -> bool:
+        """How a token is written can depend on any before it: the decoder replaces in the joined text."""
+        steps = (json.loads(self.definition).get("decoder") or {}).get("decoders", [])
+        kinds = [step["type"] for step in steps]
+        return "Fuse" in kinds and "Replace" in kinds[kinds.index("Fuse") :]
 
     @cached_property
     def _byte_fallback(self) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from jaxlm.errors import DiskError, InputError
+from jaxlm._json import read_json
+from jaxlm.errors import InputError
 from jaxlm.tokenizers.base import FILE_NAME, FORMAT, Tokenizer
 from jaxlm.tokenizers.bpe import BytePairTokenizer
 from jaxlm.tokenizers.char import CharTokenizer
@@ -71,13 +71,8 @@ def load(name_or_path: str | Path) -> Tokenizer:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); save the tokenizer again.") from None
-    if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
+    content = read_json(path, hint="save the tokenizer again")
+    if not isinstance(content.get("kind"), str):
         raise InputError(f"{path}: field kind: missing, so this is not a file that a jaxlm tokenizer was saved to.")
     if content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: field format: expected {FORMAT}; the file is of another version of jaxlm.")

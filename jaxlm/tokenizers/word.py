@@ -21,8 +21,8 @@ _PATTERNS: dict[str, re.Pattern[str]] = {
     "whitespace": re.compile(r"\S+"),
     "punctuation": re.compile(r"\w+(?:(?:['’-]|(?<=\d)[.,:](?=\d))\w+)*|[^\w\s]|\n"),
 }
-_CLOSING = frozenset(".,!?;:…%)]}”’")  # no space before
-_OPENING = frozenset("([{“‘$£€")  # no space after
+CLOSING = frozenset(".,!?;:…%)]}”’")  # no space before
+OPENING = frozenset("([{“‘$£€")  # no space after
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class WordTokenizer:
         Raises:
             InputError: a word outside the vocabulary, and no `[UNK]`; names the word and its offset.
         """
-        found = _split(text, self.split, self.lower)
+        found = self.find(text)
         if self.unk:
             return list(map(self._ids.get, found, repeat(self.unk_id)))  # type: ignore[arg-type]
         try:
@@ -99,6 +99,10 @@ class WordTokenizer:
                 f"word {word!r} at offset {offset} is not among the tokenizer's {len(self.words)} words; "
                 "remove it from the text or use a tokenizer with [UNK]."
             ) from None
+
+    def find(self, text: str) -> list[str]:
+        """The words of `text`, whether the vocabulary has them or not."""
+        return _split(text, self.split, self.lower)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.pieces(ids))
@@ -122,7 +126,7 @@ class WordTokenizer:
                 before, after = quoted, not quoted
                 quoted = not quoted
             else:
-                before, after = text in _CLOSING, text in _OPENING
+                before, after = text in CLOSING, text in OPENING
             yield text if joined or before else f" {text}"
             joined = after
 

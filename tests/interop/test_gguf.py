@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 from jaxlm import model
 from jaxlm.config import ModelConfig, RopeScaling
 from jaxlm.errors import InputError
-from jaxlm.interop.gguf import load_gguf
+from jaxlm.interop.gguf import load_gguf, read_config
 from jaxlm.model.positions import rotary_frequencies
 from jaxlm.model.weights import path_of
+from jaxlm.tokenizers.bpe import TO_PRINTABLE
 
 QUICK_COMPILE = True
 gguf = pytest.importorskip("gguf", reason="reads GGUF files; install the extra: pip install -e '.[gguf]'")
@@ -84,8 +86,12 @@ def write(
     *,
     fields: dict[str, Any] | None = None,
     types: Callable[[str, np.ndarray], Any] = lambda name, array: None,
+    tokens: Sequence[str] = (),
 ) -> Path:
-    """A GGUF of these tensors; `types` gives the quantization of each, `fields` more metadata or None to leave out."""
+    """A GGUF of these tensors.
+
+    `types` gives the quantization of each, `fields` more metadata or None to leave out, `tokens` a tokenizer's.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     norm = "layer_norm_epsilon" if architecture == "gpt2" else "layer_norm_rms_epsilon"
     values: dict[str, Any] = {
@@ -102,6 +108,11 @@ def write(
             writer.add_uint32(f"{architecture}.{name}", value)
         elif isinstance(value, str):
             writer.add_string(f"{architecture}.{name}", value)
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(list(tokens))
+        writer.add_token_merges([f"{tokens[0]} {tokens[0]}"])
     for name, array in tensors.items():
         kind = types(name, array)
         if kind is None:
@@ -142,6 +153,7 @@ def test_every_tensor_comes_to_its_place(case: tuple[str, ModelConfig, Any], tmp
     architecture, cfg, params = case
     path = write(tmp_path / "x.gguf", architecture, cfg, tensors_of(architecture, cfg, params))
     loaded = load_gguf(path)
+    assert read_config(path) == loaded.cfg
     expected = cfg if architecture != "gpt2" else cfg.replace(n_kv_heads=4)
     assert loaded.cfg == expected.replace(tie_embeddings=cfg.tie_embeddings)
     assert loaded.tokenizer is None
@@ -258,6 +270,61 @@ def test_damaged_files(tmp_path: Path) -> None:
             load_gguf(path)
     with pytest.raises(InputError, match="no such file"):
         load_gguf(tmp_path / "none.gguf")
+
+
+def test_a_type_that_nobody_knows(tmp_path: Path) -> None:
+    cfg = CASES["llama"][1]
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors_of("llama", cfg, filled(cfg)))
+    raw = bytearray(path.read_bytes())
+    # The GGUF specification, tensor info: the name, a uint32 number of dimensions, uint64 each, a uint32 type.
+    name = b"blk.0.ffn_up.weight"
+    at = raw.index(name) + len(name) + 4 + 2 * 8
+    assert raw[at : at + 4] == bytes(4)  # F32 is 0
+    raw[at : at + 4] = (99).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"x\.gguf: tensor blk\.0\.ffn_up\.weight: its type 99 is not known"):
+        load_gguf(path)
+
+
+def test_what_is_no_gguf(tmp_path: Path) -> None:
+    cfg = CASES["llama"][1]
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors_of("llama", cfg, filled(cfg)))
+    whole = path.read_bytes()
+    sprung = tmp_path / "sprung"
+    trap = pickle.dumps(Trap(sprung))
+    for content in (
+        b"GGML" + whole[4:],
+        trap + bytes(100),
+        b"PK\x03\x04" + bytes(100),
+        b"version https://git-lfs\n" * 4,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"x\.gguf: not a GGUF file that can be read .*magic"):
+            load_gguf(path)
+    assert not sprung.exists()
+    path.write_bytes(whole.replace(b"general.architecture", b"general.architectura"))
+    with pytest.raises(InputError, match=r"x\.gguf: field general\.architecture: None is not supported"):
+        load_gguf(path)
+
+
+class Trap:
+    """A pickle that leaves a file behind when somebody opens it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
+    cfg = CASES["llama"][1]
+    tokens = [*TO_PRINTABLE.values(), 2 * next(iter(TO_PRINTABLE.values()))]
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors_of("llama", cfg, filled(cfg)), tokens=tokens)
+    with pytest.raises(
+        InputError, match=r"x\.gguf: the tokenizer has 257 tokens, but tensor token_embd\.weight only 64"
+    ):
+        load_gguf(path)
 
 
 def test_the_package_is_named_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

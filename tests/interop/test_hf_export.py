@@ -86,6 +86,43 @@ def test_the_tokenizer_goes_along(random_params, tmp_path):
         assert ids == [tokenizer.eot_id, tokenizer.eot_id, 0]
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (tokenizers.char("abcdefgh", pad=True, eot=True), "faced"),
+        (tokenizers.word("a cat, a dog.", split="punctuation", lower=False, eot=True), "a dog, a cat."),
+        (tokenizers.bpe("a cat and a cat", 262), "a cat, naïve"),
+    ],
+    ids=["char", "word", "bpe"],
+)
+def test_a_tokenizer_of_ours_goes_along_twice(tokenizer, text, random_params, tmp_path):
+    """As itself, which load_hf takes, and as a tokenizer.json, which it takes where only that is left."""
+    cfg = small("llama-3.2-1b", vocab_size=tokenizer.vocab_size)
+    save_hf(tmp_path, cfg, random_params(cfg), tokenizer)
+    assert load_hf(tmp_path).tokenizer == tokenizer
+    (tmp_path / "tokenizer.jaxlm.json").unlink()
+    other = load_hf(tmp_path).tokenizer
+    assert other.encode(text) == tokenizer.encode(text)
+    assert other.decode(other.encode(text)) == text
+    assert other.start_ids == other.stop_ids == (tokenizer.eot_id,)
+    save_hf(tmp_path, cfg, random_params(cfg))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_what_transformers_cannot_have_of_a_tokenizer_is_said(random_params, tmp_path):
+    cfg = small("llama-3.2-1b")
+    with pytest.warns(
+        UserWarning, match=r"out: only jaxlm reads this tokenizer: .* its word 'σας' has a sigma"
+    ) as notes:
+        save_hf(tmp_path / "out", cfg, random_params(cfg), tokenizers.word("σας"))
+    assert len(notes) == 1
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert load_hf(tmp_path / "out").tokenizer.encode("ΣΑΣ") == [2]
+    cfg = small("qwen2.5-0.5b")
+    with pytest.warns(UserWarning, match=r"every qwen2 model .* PreTrainedTokenizerFast"):
+        save_hf(tmp_path / "out", cfg, random_params(cfg), tokenizers.char("ab"))
+
+
 def test_an_earlier_export_is_replaced_and_anything_else_is_kept(random_params, tmp_path):
     first, second = small("gpt2"), small("llama-3.2-1b")
     out = tmp_path / "out"

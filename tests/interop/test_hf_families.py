@@ -7,11 +7,14 @@ import math
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.interop.families import FAMILIES, canonical, family_of, read_config
+from jaxlm.interop.families import FAMILIES, canonical, family_of, read_config, unpublished
 from jaxlm.interop.placing import wanted
 from jaxlm.presets import PRESETS, preset
 
-# Fields of the config.json files on the models' pages, as far as they decide the computation.
+# Fields of the models' config.json files, as far as they decide the computation. GPT-2's are openai-community/gpt2 and
+# its sizes; SmolLM2's HuggingFaceTB/SmolLM2-{135M,360M,1.7B}; Llama's meta-llama/Llama-2-7b-hf and Llama-3.2-1B; Qwen's
+# Qwen/Qwen1.5-{0.5B,1.8B}, Qwen2.5-0.5B and Qwen3-0.6B. Compared with copies of the files in public repositories (of
+# GPT-2's larger sizes and Qwen1.5-1.8B, of their sizes). The parameter counts below bear them out.
 _GPT2 = dict(
     activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, embd_pdrop=0.1,
     initializer_range=0.02, layer_norm_epsilon=1e-05, model_type="gpt2", n_ctx=1024, n_positions=1024, resid_pdrop=0.1,
@@ -20,17 +23,34 @@ _GPT2 = dict(
 _QWEN = dict(
     hidden_act="silu", initializer_range=0.02, rms_norm_eps=1e-06, rope_theta=1000000.0, use_sliding_window=False
 )
+_SMOLLM2 = dict(
+    model_type="llama",
+    attention_bias=False,
+    hidden_act="silu",
+    max_position_embeddings=8192,
+    mlp_bias=False,
+    pretraining_tp=1,
+    rms_norm_eps=1e-05,
+    rope_scaling=None,
+    tie_word_embeddings=True,
+    vocab_size=49152,
+)
 PUBLISHED = {
     "gpt2": _GPT2 | dict(n_embd=768, n_head=12, n_layer=12),
     "gpt2-medium": _GPT2 | dict(n_embd=1024, n_head=16, n_layer=24, n_special=0, predict_special_tokens=True),
     "gpt2-large": _GPT2 | dict(n_embd=1280, n_head=20, n_layer=36),
     "gpt2-xl": _GPT2 | dict(n_embd=1600, n_head=25, n_layer=48, output_past=True),
-    "smollm2-135m": dict(
-        model_type="llama", attention_bias=False, hidden_act="silu", hidden_size=576,
-        initializer_range=0.041666666666666664, intermediate_size=1536, is_llama_config=True,
-        max_position_embeddings=8192, mlp_bias=False, num_attention_heads=9, num_hidden_layers=30,
-        num_key_value_heads=3, pretraining_tp=1, rms_norm_eps=1e-05, rope_interleaved=False, rope_scaling=None,
-        rope_theta=100000, tie_word_embeddings=True, vocab_size=49152,
+    "smollm2-135m": _SMOLLM2 | dict(
+        hidden_size=576, initializer_range=0.041666666666666664, intermediate_size=1536, is_llama_config=True,
+        num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3, rope_interleaved=False, rope_theta=100000,
+    ),
+    "smollm2-360m": _SMOLLM2 | dict(
+        hidden_size=960, intermediate_size=2560, num_attention_heads=15, num_hidden_layers=32, num_key_value_heads=5,
+        rope_theta=100000,
+    ),
+    "smollm2-1.7b": _SMOLLM2 | dict(
+        hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_hidden_layers=24, num_key_value_heads=32,
+        rope_theta=130000,
     ),
     "llama-3.2-1b": dict(
         model_type="llama", attention_bias=False, head_dim=64, hidden_act="silu", hidden_size=2048,
@@ -67,7 +87,8 @@ PUBLISHED = {
 # Parameters (a tied head counted once) as the models' pages or papers give them.
 PARAMETERS = {
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
-    "smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "qwen1.5-0.5b": 463_987_712,
+    "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+    "llama-3.2-1b": 1_235_814_400, "qwen1.5-0.5b": 463_987_712,
     "qwen1.5-1.8b": 1_836_828_672, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920,
 }  # fmt: skip
 
@@ -86,6 +107,37 @@ def test_the_tensors_are_all_there(name):
     items = [item for row in wanted(cfg, family_of(cfg)) for item in row]
     assert sum(math.prod(item.shape) for item in items) == PARAMETERS[name]
     assert len({item.name for item in items}) == len(items)
+
+
+def test_llama_2():
+    """Of which there is no preset: its config.json says nothing of the rotary base."""
+    raw = dict(
+        model_type="llama", hidden_act="silu", hidden_size=4096, initializer_range=0.02, intermediate_size=11008,
+        max_position_embeddings=4096, num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        pretraining_tp=1, rms_norm_eps=1e-05, rope_scaling=None, tie_word_embeddings=False, vocab_size=32000,
+    )  # fmt: skip
+    family, cfg = read_config(raw, "config.json")
+    assert (cfg.rope_theta, cfg.d_head, cfg.norm_eps, cfg.tie_embeddings) == (10_000.0, 128, 1e-5, False)
+    items = [item for row in wanted(cfg, family) for item in row]
+    assert sum(math.prod(item.shape) for item in items) == 6_738_415_616  # Llama 2's "7B", as its page counts it
+    assert unpublished(cfg) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nano", {"norm_scale", "mlp", "embed_mix", "key_offset", "logit_softcap"}),
+        ("lesson_learned", {"norm_position", "head_bias"}),
+        ("qwen3-0.6b", set()),
+    ],
+)
+def test_what_keeps_a_model_from_being_of_a_published_family(name, options):
+    found = unpublished(preset(name))
+    assert options <= set(found)
+    assert bool(found) == (family_of(preset(name)).architecture == "")
+    known = preset(name).model_dump()
+    assert not {"vocab_size", "n_layers", "d_model", "dropout"} & set(found)
+    assert set(found) <= set(known)
 
 
 def test_names_and_shapes_of_gpt2_and_llama():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -204,6 +203,13 @@ def test_pickles_are_never_opened(model, tmp_path):
     assert sprung.exists()  # so the trap works
 
 
+def test_a_shard_that_is_a_pickle_is_not_opened(stored, tmp_path):
+    model, sprung = stored("qwen3", shards=2), tmp_path / "sprung"
+    (model / SHARD).write_bytes(pickle.dumps(Trap(sprung)))
+    refused(model, f"{model / SHARD}: this is a pickle", "never opened")
+    assert not sprung.exists()
+
+
 def test_files_that_are_something_else(model):
     (model / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     refused(model, f"{model / FILE}: this is a Git LFS pointer")
@@ -216,13 +222,13 @@ def test_files_that_are_something_else(model):
 
 def test_a_config_that_is_not_one(model):
     config = model / "config.json"
-    for text, message in (("{", "not readable as JSON"), ("[]", "expected an object, found list")):
+    for text, message in (("{", "not readable as JSON"), ("[]", "expected a JSON object, found list")):
         config.write_text(text)
         refused(model, f"{config}: {message}")
     config.write_text(json.dumps({"model_type": "mamba2"}))
     refused(model, f"{config}: field model_type: 'mamba2' is not supported")
     config.unlink()
-    refused(model, f"{config}: there is no such file")
+    refused(model, f"{config}: no such file; take the one that belongs to the weights.")
 
 
 def test_a_rotary_type_that_is_not_known(stored):
@@ -238,4 +244,4 @@ def test_a_tokenizer_larger_than_the_embedding(model):
 def test_places_that_are_no_model(tmp_path):
     refused(tmp_path / "no" / "such", f"{tmp_path / 'no' / 'such'}: there is no such directory")
     refused(tmp_path, "revision: ", "is a directory and has none", revision="main")
-    assert re.search("there is no such file", refused(tmp_path, str(tmp_path / "config.json")))
+    refused(tmp_path, f"{tmp_path / 'config.json'}: no such file")

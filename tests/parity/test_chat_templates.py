@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from jaxlm.errors import InputError
 from jaxlm.tokenizers import HFTokenizer, hf_files
@@ -116,3 +116,30 @@ def test_transformers_loads_what_is_written(transformers: Any, tmp_path: Path, b
     assert (peer.eos_token_id, peer.bos_token_id) == (ours.eot_id, ours.bos_id)
     again = hf_files.from_directory(tmp_path)
     assert (again.start_ids, again.eot_id, again.chat_template) == (ours.start_ids, ours.eot_id, ours.chat_template)
+
+
+@pytest.mark.parametrize("family", ["nothing", "llama", "gpt2"])
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_bos_rule_is_followed_there(
+    transformers: Any, tmp_path: Path, adds: bool, add_bos: bool, family: str
+) -> None:
+    """tokenizer_config.json says one thing and the post-processor another, or nothing; beside configs of families."""
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    if adds:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair=None, special_tokens=[("<s>", 256)]
+        )
+    ours = HFTokenizer(
+        canonical(json.loads(backend.to_str())), (("bos_token", "<s>"), ("eos_token", "</s>")), add_bos=add_bos
+    )
+    hf_files.write_directory(ours, tmp_path)
+    if family != "nothing":
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    ids = [256] * add_bos + ours.encode("the café")
+    for peer in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        assert peer.from_pretrained(tmp_path)("the café").input_ids == ids
+    # What reads tokenizer.json alone follows it too.
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("the café").ids == ids

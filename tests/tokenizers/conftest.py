@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as decoding
 
@@ -126,3 +127,22 @@ def hard() -> list[str]:
 def make_backend() -> Callable[[str], Backend]:
     """make_backend(name): a small tokenizer of the kind gpt2, smollm, llama-bpe or qwen2, a new one at each call."""
     return lambda name: byte_level(PROSE, **MAKERS[name])
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(prose: str) -> Backend:
+    """Llama 2's kind: spaces as ▁, bytes for what is in no piece."""
+    backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space, strip = decoding.Replace("▁", " "), decoding.Strip(" ", 1, 0)
+    backend.decoder = decoding.Sequence([space, decoding.ByteFallback(), decoding.Fuse(), strip])
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator([line.replace(" ", "▁") for line in prose.splitlines()[:2]], trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    backend = Backend.from_str(json.dumps(content))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair=None, special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return backend

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from jaxlm.errors import InputError
@@ -68,6 +71,61 @@ def test_sentencepiece_in_a_gguf() -> None:
     plain = from_gguf({**found, "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}, "x")
     assert plain is not None
     assert (plain.encode("the"), plain.start_ids) == ([7], ())
+
+
+def by_scores(text: str, scores: dict[str, float]) -> list[str]:
+    """The pieces of a text as llama.cpp's SPM tokenizer finds them: of all neighbours whose union is a piece, those of
+    the highest score merge first, the left ones of equals; what is no piece in the end is its bytes."""
+    parts = list(f" {text}".replace(" ", "▁")) if text else []
+    while True:
+        unions = [(scores[a + b], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in scores]
+        if not unions:
+            return [
+                p for part in parts for p in ([part] if part in scores else [f"<0x{b:02X}>" for b in part.encode()])
+            ]
+        at = -max(unions)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+@pytest.fixture(scope="module")
+def spm(sentencepiece: Backend) -> tuple[HFTokenizer, Backend, dict[str, float]]:
+    """The GGUF vocabulary of a tokenizer that the library trained, its pieces scored in the order of their merges."""
+    vocab = sorted(sentencepiece.get_vocab().items(), key=lambda item: item[1])
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
+    scores = {text: -float(i) for text, i in vocab if text not in kinds and not text.startswith("<0x")}
+    found = {
+        "general.architecture": "llama", "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [text for text, _ in vocab],
+        "tokenizer.ggml.token_type": [kinds.get(text, 1 if text in scores else 6) for text, _ in vocab],
+        "tokenizer.ggml.scores": [scores.get(text, 0.0) for text, _ in vocab],
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+    }  # fmt: skip
+    tok = from_gguf(found, "x.gguf")
+    assert tok is not None
+    return tok, sentencepiece, scores
+
+
+def spm_agrees(spm: tuple[HFTokenizer, Backend, dict[str, float]], text: str) -> None:
+    tok, backend, scores = spm
+    ids = tok.encode(text)
+    assert ids == backend.encode(text, add_special_tokens=False).ids
+    assert ids == [backend.token_to_id(piece) for piece in by_scores(text, scores)]
+    assert tok.decode(ids) == backend.decode(ids)
+
+
+def test_a_sentencepiece_vocabulary_is_the_librarys(
+    spm: tuple[HFTokenizer, Backend, dict[str, float]], hard: list[str], prose: str
+) -> None:
+    for text in [*hard, prose, prose.upper(), "▁▁a▁"]:
+        spm_agrees(spm, text)
+    assert spm[0].start_ids == (1,)
+    assert max(map(len, by_scores(prose, spm[2]))) > 4  # pieces of several characters are found at all
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.one_of(st.text(max_size=40), st.text(alphabet="the gardn'scafé.▁", max_size=60)))
+def test_any_text_by_a_sentencepiece_vocabulary(spm: tuple[HFTokenizer, Backend, dict[str, float]], text: str) -> None:
+    spm_agrees(spm, text)
 
 
 @pytest.mark.parametrize(

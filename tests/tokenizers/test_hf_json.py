@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as decoding
 
@@ -25,25 +25,6 @@ KINDS = ["gpt2", "smollm", "llama-bpe", "qwen2"]
 @pytest.fixture(scope="session", params=KINDS)
 def backend(request: pytest.FixtureRequest, make_backend: Callable[[str], Backend]) -> Backend:
     return make_backend(request.param)
-
-
-@pytest.fixture(scope="session")
-def sentencepiece(prose: str) -> Backend:
-    """Llama 2's kind: spaces as ▁, bytes for what is in no piece."""
-    backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    space, strip = decoding.Replace("▁", " "), decoding.Strip(" ", 1, 0)
-    backend.decoder = decoding.Sequence([space, decoding.ByteFallback(), decoding.Fuse(), strip])
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
-    backend.train_from_iterator([line.replace(" ", "▁") for line in prose.splitlines()[:2]], trainer)
-    content = json.loads(backend.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]
-    backend = Backend.from_str(json.dumps(content))
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair=None, special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    return backend
 
 
 def wrapped(backend: Backend, **more: Any) -> HFTokenizer:
@@ -199,7 +180,8 @@ def test_a_model_directory(backend: Backend, tmp_path: Path) -> None:
         ("tokenizer.json", "{}", "not a tokenizer that `tokenizers` can read"),
         ("tokenizer_config.json", '{"eos_token": "<gone>"}', "field eos_token: '<gone>' is not in the vocabulary"),
         ("tokenizer_config.json", '{"chat_template": 5}', "field chat_template: expected a template"),
-        ("generation_config.json", '{"eos_token_id": "two"}', "two"),
+        ("generation_config.json", '{"eos_token_id": "two"}', "generation_config.json: field eos_token_id: .*'two'"),
+        ("generation_config.json", '{"eos_token_id": [1, null]}', r"generation_config.json: .*found \[1, None\]"),
         ("chat_template.jinja", b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -228,6 +210,22 @@ def test_bos_rules(sentencepiece: Backend) -> None:
     tok = wrapped(sentencepiece, special_tokens=roles)
     assert start not in tok.encode("The café")  # encode adds nothing
     assert tok.decode(tok.encode("The 🚀  café")) == "The 🚀  café"
+
+
+def test_a_sentencepiece_tokenizer_json(sentencepiece: Backend, hard: list[str]) -> None:
+    """Llama 2's kind: a space before the text, spaces as ▁, bytes where no piece is; against the library itself."""
+    tok = wrapped(sentencepiece, special_tokens=(("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")))
+    seen = set()
+    for text in hard:
+        ids = tok.encode(text)
+        seen.update(ids)
+        assert ids == sentencepiece.encode(text, add_special_tokens=False).ids
+        assert tok.decode(ids) == sentencepiece.decode(ids) == text
+        assert "".join(tok.pieces(ids)) == text
+    byte = sentencepiece.token_to_id("<0x0A>")
+    assert {byte, byte - 10} <= seen  # a line break and a null are bytes
+    assert tok.unk_id not in seen
+    assert tok.unk_id not in tok.encode("<unk>")  # a spelling, not the token
 
 
 @settings(max_examples=80, deadline=None)
