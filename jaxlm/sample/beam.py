@@ -1,13 +1,16 @@
-"""Beam search: the most likely continuations of one prompt, over the key/value cache, in one compiled loop.
+"""Beam search: the most likely continuations of prompts, over the key/value cache, in one compiled loop.
 
-Every step extends each of the n beams by every token and ranks all extensions by their total log-probability. Those
-among the n best that end, by a stop id or at the length limit, become hypotheses; the n best others go on as beams. At
-most n hypotheses are kept, by score:
+Every step extends each of a prompt's n beams by every token and ranks all extensions by their total log-probability.
+Those among the n best that end, by a stop id or at the length limit, become hypotheses; the n best others go on as
+beams. At most n hypotheses are kept, by score:
 
     score = log_prob / length ** length_penalty
 
 where log_prob is the sum of the new tokens' log-probabilities under the model (nats), and length counts the new tokens,
 the stop id among them, but not the prompt. Equal totals rank by beam, then by token id.
+
+Prompts search side by side, P at a time, each as if alone: the rows of the cache are the P * n beams, prompt by prompt.
+Windows do not slide here: a score would add up log-probabilities given different pasts.
 
 Source: Wu et al. (arXiv 1609.08144), section 7, with the penalty in the simple form that transformers uses.
 """
@@ -15,7 +18,6 @@ Source: Wu et al. (arXiv 1609.08144), section 7, with the penalty in the simple 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +34,8 @@ from jaxlm.model import Cache, Params, forward, unembed
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.requests import Decodes, bucket
+
+MAX_SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,10 @@ class _Ended(NamedTuple):
     """The best hypotheses so far, best first; a score of -inf marks a free place.
 
     Attributes:
-        score, total: float32[n].
-        tokens: int32[n, N].
-        length: int32[n].
-        stopped: bool[n], by a stop id.
+        score, total: float32[P, n].
+        tokens: int32[P, n, N].
+        length: int32[P, n].
+        stopped: bool[P, n], by a stop id.
     """
 
     score: jax.Array
@@ -74,16 +78,12 @@ class _Beams(NamedTuple):
     """What runs, best first.
 
     Attributes:
-        step: int32[], new tokens so far.
-        cache: of n rows, without the last token of each.
-        last: int32[n], the token to be fed next.
-        total: float32[n], log-probability of the new tokens; -inf for a place that no beam fills.
-        tokens: int32[n, N], -1 after the end.
+        last: int32[P, n], the token to be fed next.
+        total: float32[P, n], log-probability of the new tokens; -inf for a place that no beam fills.
+        tokens: int32[P, n, N], -1 after the end.
         ended: the hypotheses.
     """
 
-    step: jax.Array
-    cache: Cache
     last: jax.Array
     total: jax.Array
     tokens: jax.Array
@@ -112,17 +112,42 @@ def beam_search(
     n_best: int = 1,
     stop_ids: Sequence[int] = (),
     tokenizer: Decodes | None = None,
+    overflow: Literal["refuse", "crop"] = "refuse",
 ) -> list[Hypothesis]:
-    """The continuations with the highest scores that `n_beams` beams find.
+    """The best continuations of one prompt: what `beam_searches` finds for it, which says all else."""
+    (found,) = beam_searches(
+        cfg, params, [prompt], n_beams=n_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty,
+        early_stopping=early_stopping, n_best=n_best, stop_ids=stop_ids, tokenizer=tokenizer, overflow=overflow,
+    )  # fmt: skip
+    return found
+
+
+def beam_searches(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    n_beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    n_best: int = 1,
+    stop_ids: Sequence[int] = (),
+    tokenizer: Decodes | None = None,
+    slots: int | None = None,
+    overflow: Literal["refuse", "crop"] = "refuse",
+) -> list[list[Hypothesis]]:
+    """The continuations with the highest scores that `n_beams` beams find, for each prompt.
 
     With `n_beams` of at least V ** max_new_tokens nothing is ever cut, and the result is exact. Compiled once for each
-    pair of prompt bucket and new-token bucket (as `generate` has them), `n_beams`, and power of two of stop ids.
+    pair of prompt bucket and new-token bucket (as `generate` has them), `slots`, `n_beams`, and power of two of stop
+    ids. At fixed `slots` and `n_beams` a prompt's result is the same with any neighbours.
 
     Args:
         cfg: the model.
         params: from `init`, or better from `prepare`, which is otherwise done on every call.
-        prompt: token ids, at least one.
-        n_beams: n, beams that run and hypotheses that are kept.
+        prompts: token ids, any lengths from 1.
+        n_beams: n, beams that run and hypotheses that are kept, for each prompt.
         max_new_tokens: longest continuation; a beam that reaches it is a hypothesis.
         length_penalty: 0 ranks by log-probability; above 0 favours longer continuations, below 0 shorter ones.
         early_stopping: True ends once n hypotheses are there. False goes on until no beam can still reach a score
@@ -130,16 +155,20 @@ def beam_search(
         n_best: hypotheses returned at most, best first; at most n_beams.
         stop_ids: ids that end a continuation.
         tokenizer: decodes the tokens; ids from its vocab_size on are never produced.
+        slots: P, prompts that search together, with n_beams rows each; by default a power of two, at most 8, that holds
+            all.
+        overflow: as in `generate`, but for `slide`.
 
     Returns:
-        Up to n_best hypotheses, best first: fewer where the vocabulary does not hold so many. A beam whose logits hold
-        a NaN is dropped; when that leaves no hypothesis, there is one of no tokens with finish_reason `error`.
+        For each prompt up to n_best hypotheses, best first: fewer where the vocabulary does not hold so many. A beam
+        whose logits hold a NaN is dropped; when that leaves no hypothesis, there is one of no tokens with
+        finish_reason `error`.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a request longer than the context, or an option out
             of range.
     """
-    n_beams, n_best = _count("n_beams", n_beams), _count("n_best", n_best)
+    n_beams, n_best = asking.check_count("n_beams", n_beams), asking.check_count("n_best", n_best)
     if n_best > n_beams:
         raise InputError(f"n_best: must be at most n_beams={n_beams}, found {n_best}.")
     if n_beams * cfg.vocab_size >= 2**31:
@@ -149,78 +178,85 @@ def beam_search(
     if not isinstance(early_stopping, bool):
         raise InputError(f"early_stopping: must be True or False, found {early_stopping!r}.")
     asking.check_ends(cfg, (), stop_ids, tokenizer)
-    (request,) = asking.check(cfg, [prompt], None, max_new_tokens, "refuse")
+    requests = asking.check(cfg, prompts, None, max_new_tokens, overflow, can_slide=False)
+    slots = asking.check_slots(slots, len(requests), MAX_SLOTS)
 
-    row = np.full((1, asking.width(cfg, request)), -1, np.int32)
-    row[0, : len(request.prompt)] = request.prompt
     ends = sorted(set(stop_ids))
     padded = np.full(1 << max(len(ends) - 1, 0).bit_length(), -1, np.int32)
     padded[: len(ends)] = ends
-    n_vocab = cfg.vocab_size if tokenizer is None else min(cfg.vocab_size, tokenizer.vocab_size)
-    options = _Options(
-        *jax.device_put(
-            (np.int32(request.max_new), np.float32(length_penalty), np.bool_(early_stopping), padded, np.int32(n_vocab))
-        )
-    )
-    room = bucket(request.max_new)
-    found: _Ended = jax.device_get(
-        _search(cfg, decoding.prepare(cfg, params), jnp.asarray(row), options, n=n_beams, room=room)
-    )
-
-    out = []
-    for i in range(n_best):
-        if found.score[i] == -math.inf:
-            break
-        tokens = found.tokens[i, : found.length[i]].tolist()
-        stopped = bool(found.stopped[i])
-        text = None if tokenizer is None else tokenizer.decode(tokens[:-1] if stopped else tokens)
-        score, total = float(found.score[i]), float(found.total[i])
-        out.append(Hypothesis(tokens, text, score, total, "stop" if stopped else "length"))
-    return out or [Hypothesis([], None if tokenizer is None else "", -math.inf, -math.inf, "error")]
+    numbers = np.int32(max_new_tokens), np.float32(length_penalty), np.bool_(early_stopping)
+    options = _Options(*jax.device_put((*numbers, padded, np.int32(asking.real_vocab(cfg, tokenizer)))))
+    dparams = decoding.prepare(cfg, params)
+    out: dict[int, list[Hypothesis]] = {}
+    for group in asking.groups(cfg, requests, slots):
+        rows = np.full((slots, asking.width(cfg, group[0])), -1, np.int32)
+        for row, request in zip(rows, group, strict=False):
+            row[: len(request.prompt)] = request.prompt
+        room = bucket(max_new_tokens)
+        found: _Ended = jax.device_get(_search(cfg, dparams, jnp.asarray(rows), options, n=n_beams, room=room))
+        for i, request in enumerate(group):
+            mine = _Ended(*(leaf[i] for leaf in found))
+            best = (place for place in range(n_best) if mine.score[place] > -math.inf)
+            out[request.index] = [_read(mine, place, tokenizer) for place in best]
+    nothing = Hypothesis([], None if tokenizer is None else "", -math.inf, -math.inf, "error")
+    return [out[i] or [nothing] for i in range(len(requests))]
 
 
-def _count(name: str, value: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError as error:
-        raise InputError(f"{name}: must be an integer, found {value!r}.") from error
-    if value < 1:
-        raise InputError(f"{name}: must be at least 1, found {value}.")
-    return value
+def _read(found: _Ended, place: int, tokenizer: Decodes | None) -> Hypothesis:
+    tokens, stopped = found.tokens[place, : found.length[place]].tolist(), bool(found.stopped[place])
+    text = None if tokenizer is None else tokenizer.decode(tokens[:-1] if stopped else tokens)
+    score, total = float(found.score[place]), float(found.total[place])
+    return Hypothesis(tokens, text, score, total, "stop" if stopped else "length")
 
 
 @partial(jax.jit, static_argnames=("n", "room"))
 def _search(cfg: ModelConfig, params: Params, prompt: jax.Array, options: _Options, *, n: int, room: int) -> _Ended:
+    batch = prompt.shape[0]
     start = decoding.prefill(cfg, params, prompt, capacity=prompt.shape[1] + room, n_new=room)
-    none = jnp.full(n, -jnp.inf, jnp.float32)
-    tokens = jnp.full((n, room), -1, jnp.int32)
+    none = jnp.full((batch, n), -jnp.inf, jnp.float32)
+    tokens = jnp.full((batch, n, room), -1, jnp.int32)
+    in_use = start.finished == decoding.RUNNING
     beams = _Beams(
-        step=jnp.int32(0),
-        cache=_rows(start.cache, jnp.zeros(n, jnp.int32)),
-        last=jnp.repeat(start.last, n),
-        total=none.at[0].set(0.0),  # all rows are the same: only one of them may be extended
+        last=jnp.repeat(start.last[:, None], n, axis=1),
+        total=none.at[:, 0].set(jnp.where(in_use, 0.0, -jnp.inf)),  # all beams are the same: only one may be extended
         tokens=tokens,
-        ended=_Ended(none, none, tokens, jnp.zeros(n, jnp.int32), jnp.zeros(n, bool)),
+        ended=_Ended(none, none, tokens, jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), bool)),
     )
 
-    def goes_on(b: _Beams) -> jax.Array:
+    def runs(step: jax.Array, b: _Beams) -> jax.Array:
+        """bool[P]: which prompts go on."""
         # Totals only fall, so a beam scores at most its total over the length that serves it best.
-        length = jnp.where(options.length_penalty > 0, options.max_new, b.step + 1)
-        reach = b.total.max() / length.astype(jnp.float32) ** options.length_penalty
-        worst = b.ended.score.min()  # -inf while a place is free
+        length = jnp.where(options.length_penalty > 0, options.max_new, step + 1)
+        reach = b.total.max(-1) / length.astype(jnp.float32) ** options.length_penalty
+        worst = b.ended.score.min(-1)  # -inf while a place is free
         done = (worst > -jnp.inf) & (options.early | (worst >= reach))
-        return (b.step < options.max_new) & (b.total.max() > -jnp.inf) & ~done
+        return (step < options.max_new) & (b.total.max(-1) > -jnp.inf) & ~done
 
-    return lax.while_loop(goes_on, partial(_extend, cfg, params, options), beams).ended
+    def body(carry: tuple[jax.Array, Cache, _Beams]) -> tuple[jax.Array, Cache, _Beams]:
+        step, cache, b = carry
+        hidden, grown = forward(cfg, params, b.last.reshape(-1, 1), cache=cache)
+        assert grown is not None
+        log_probs = jax.nn.log_softmax(unembed(cfg, params, hidden[:, 0]), axis=-1).reshape(batch, n, -1)
+        parent, extended = jax.vmap(partial(_extend, options, step + 1))(b, log_probs)
+        active = runs(step, b)
+        b = jax.tree.map(lambda new, old: _where(active, new, old), extended, b)
+        return step + 1, _rows(grown, (jnp.arange(batch)[:, None] * n + parent).reshape(-1)), b
+
+    cache = _rows(start.cache, jnp.repeat(jnp.arange(batch), n))
+    begin = (jnp.int32(0), cache, beams)
+    return lax.while_loop(lambda carry: runs(carry[0], carry[2]).any(), body, begin)[2].ended
 
 
-def _extend(cfg: ModelConfig, params: Params, options: _Options, b: _Beams) -> _Beams:
-    """One more token for every beam."""
-    n = b.total.shape[0]
-    hidden, cache = forward(cfg, params, b.last[:, None], cache=b.cache)
-    assert cache is not None
-    log_probs = jax.nn.log_softmax(unembed(cfg, params, hidden[:, 0]), axis=-1)
-    vocab = log_probs.shape[-1]
+def _extend(options: _Options, step: jax.Array, b: _Beams, log_probs: jax.Array) -> tuple[jax.Array, _Beams]:
+    """One prompt's beams after their `step`-th token, and which beam each was before: int32[n].
+
+    Args:
+        options: what was asked for.
+        step: int32[], tokens then.
+        b: of one prompt, without the leading axis P.
+        log_probs: float32[n, V], of what comes next.
+    """
+    n, vocab = log_probs.shape
     usable = ~jnp.isnan(log_probs) & (jnp.arange(vocab) < options.n_vocab)
     ranked = jnp.where(usable, b.total[:, None] + log_probs, -jnp.inf)
 
@@ -228,9 +264,8 @@ def _extend(cfg: ModelConfig, params: Params, options: _Options, b: _Beams) -> _
     total, flat = lax.top_k(ranked.reshape(-1), min(n * (1 + options.stop_ids.shape[0]), n * vocab))
     parent, token = flat // vocab, flat % vocab
     stops = (token[:, None] == options.stop_ids).any(-1)
-    step = b.step + 1
     ends = stops | (step == options.max_new)
-    tokens = b.tokens[parent].at[:, b.step].set(token)
+    tokens = b.tokens[parent].at[:, step - 1].set(token)
 
     among_best = jnp.arange(total.shape[0]) < n
     score = jnp.where(ends & among_best, total / step.astype(jnp.float32) ** options.length_penalty, -jnp.inf)
@@ -239,14 +274,12 @@ def _extend(cfg: ModelConfig, params: Params, options: _Options, b: _Beams) -> _
     _, kept = lax.top_k(both.score, n)
 
     total, place = lax.top_k(jnp.where(ends, -jnp.inf, total), n)
-    return _Beams(
-        step=step,
-        cache=_rows(cache, parent[place]),
-        last=token[place],
-        total=total,
-        tokens=tokens[place],
-        ended=jax.tree.map(lambda leaf: leaf[kept], both),
-    )
+    ended = jax.tree.map(lambda leaf: leaf[kept], both)
+    return parent[place], _Beams(token[place], total, tokens[place], ended)
+
+
+def _where(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
 
 def _rows(cache: Cache, rows: jax.Array) -> Cache:

@@ -7,8 +7,9 @@ every new token comes from one and the same step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,19 +116,27 @@ def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: in
         n_new: N, room for new tokens.
         n_top: M, most likely tokens to be noted of each new one.
     """
-    batch = prompt.shape[0]
     held = (prompt >= 0).sum(-1, dtype=jnp.int32)
-    cache = init_cache(cfg, batch, capacity, stacked=False)
-    _, filled = forward(cfg, params, jnp.maximum(prompt, 0), cache=cache)
+    state = blank(cfg, prompt.shape[0], capacity=capacity, n_new=n_new, n_top=n_top)
+    _, filled = forward(cfg, params, jnp.maximum(prompt, 0), cache=state.cache)
     assert filled is not None
     last = jnp.maximum(held - 1, 0)
-    return State(
+    return state._replace(
         cache=filled._replace(length=last),
         last=jnp.maximum(jnp.take_along_axis(prompt, last[:, None], axis=1)[:, 0], 0),
+        finished=jnp.where(held > 0, RUNNING, LENGTH).astype(jnp.int32),  # not weakly typed: one signature
+    )
+
+
+def blank(cfg: ModelConfig, batch: int, *, capacity: int, n_new: int, n_top: int) -> State:
+    """The state of rows that are not in use. Arguments as of `prefill`."""
+    return State(
+        cache=init_cache(cfg, batch, capacity, stacked=False),
+        last=jnp.zeros(batch, jnp.int32),
         n_new=jnp.zeros(batch, jnp.int32),
         tokens=jnp.full((batch, n_new), -1, jnp.int32),
         log_probs=jnp.zeros((batch, n_new), jnp.float32),
-        finished=jnp.where(held > 0, RUNNING, LENGTH).astype(jnp.int32),  # not weakly typed: one signature
+        finished=jnp.full(batch, LENGTH, jnp.int32),
         top_tokens=jnp.full((batch, n_new, n_top), -1, jnp.int32),
         top_log_probs=jnp.zeros((batch, n_new, n_top), jnp.float32),
     )
@@ -135,48 +144,79 @@ def prefill(cfg: ModelConfig, params: Params, prompt: jax.Array, *, capacity: in
 
 def decode_step(cfg: ModelConfig, params: Params, requests: Requests, state: State) -> State:
     """One more token for every running row; finished rows keep what they have."""
-    running = state.finished == RUNNING
     hidden, cache = forward(cfg, params, state.last[:, None], cache=state.cache)
     assert cache is not None
     logits = unembed(cfg, params, hidden[:, 0])
-    length = jnp.where(running, state.cache.length + 1, state.cache.length)
     with jax.named_scope("sample"):
-        r = requests
-        token = sample_token(
-            jax.vmap(jax.random.fold_in)(r.key, (r.prompt >= 0).sum(-1) + state.n_new),
-            adjust(logits, r, state),
-            temperature=r.temperature,
-            top_k=r.top_k,
-            top_p=r.top_p,
-            min_p=r.min_p,
-            typical_p=r.typical_p,
-        )
-        chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)[:, 0]
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        log_prob = chosen - log_total
-        best, best_tokens = lax.top_k(logits, state.top_tokens.shape[-1])
+        token = draw(requests, state, logits)
+        return extend(requests, state, cache, logits[:, None], token[:, None], jnp.zeros_like(token))
 
-    emits = running & (token >= 0)
-    rows, place = jnp.arange(token.shape[0]), jnp.where(emits, state.n_new, state.tokens.shape[1])
-    n_new = state.n_new + emits
-    stops = (token[:, None] == requests.stop_ids).any(-1)
-    reason = jnp.where(token < 0, ERROR, jnp.where(stops, STOP, jnp.where(n_new >= requests.max_new, LENGTH, RUNNING)))
+
+def draw(requests: Requests, state: State, logits: jax.Array) -> jax.Array:
+    """Each row's next token from float32[B, V]: int32[B], -1 where there is none to choose."""
+    position = (requests.prompt >= 0).sum(-1) + state.n_new
+    keys = jax.vmap(jax.random.fold_in)(requests.key, position)
+    return sample_token(keys, adjust(logits, requests, state), **filters_of(requests))
+
+
+def filters_of(requests: Requests) -> dict[str, Any]:
+    """The options of `filter_logits` and `sample_token`, [B] each."""
+    return {name: getattr(requests, name) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
+
+
+def extend(
+    requests: Requests, state: State, cache: Cache, logits: jax.Array, tokens: jax.Array, accepted: jax.Array
+) -> State:
+    """The state with up to W more tokens a row, those that come before its first end.
+
+    Args:
+        requests: what the rows were asked for.
+        state: before.
+        cache: after W tokens were fed; its lengths do not matter.
+        logits: float32[B, W, V], of the model itself.
+        tokens: int32[B, W], what was chosen at each place; -1 where there was nothing to choose.
+        accepted: int32[B]; places 0 .. accepted count. Place `accepted` alone may hold -1.
+    """
+    batch, width = tokens.shape
+    rows, places = jnp.arange(batch)[:, None], jnp.arange(width)
+    running = state.finished == RUNNING
+    stops = (tokens[:, :, None] == requests.stop_ids[:, None, :]).any(-1)
+    stopped_before = jnp.cumsum(stops, axis=1) - stops > 0
+    left = (requests.max_new - state.n_new)[:, None]
+    emits = running[:, None] & (places <= accepted[:, None]) & (places < left) & (tokens >= 0) & ~stopped_before
+    count = emits.sum(-1, dtype=jnp.int32)
+    last, n_new, any_new = jnp.maximum(count - 1, 0)[:, None], state.n_new + count, count > 0
+    stopped = any_new & jnp.take_along_axis(stops, last, axis=1)[:, 0]
+    empty = jnp.where(count <= accepted, ERROR, RUNNING)
+    reason = jnp.where(stopped, STOP, jnp.where(n_new >= requests.max_new, LENGTH, empty))
+
+    place = jnp.where(emits, state.n_new[:, None] + places, state.tokens.shape[1])
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, :, None], axis=-1)[:, :, 0]
+    top_tokens, top_log_probs = state.top_tokens, state.top_log_probs
+    if top_tokens.shape[-1]:
+        best, best_tokens = lax.top_k(logits, top_tokens.shape[-1])
+        top_tokens = top_tokens.at[rows, place].set(best_tokens, mode="drop")
+        top_log_probs = top_log_probs.at[rows, place].set(best - log_total[:, :, None], mode="drop")
     return State(
-        cache=cache._replace(length=length),
-        last=jnp.where(emits, token, state.last),
+        cache=cache._replace(length=state.cache.length + count),
+        last=jnp.where(any_new, jnp.take_along_axis(tokens, last, axis=1)[:, 0], state.last),
         n_new=n_new,
-        tokens=state.tokens.at[rows, place].set(token, mode="drop"),
-        log_probs=state.log_probs.at[rows, place].set(log_prob, mode="drop"),
+        tokens=state.tokens.at[rows, place].set(tokens, mode="drop"),
+        log_probs=state.log_probs.at[rows, place].set(chosen - log_total, mode="drop"),
         finished=jnp.where(running, reason, state.finished),
-        top_tokens=state.top_tokens.at[rows, place].set(best_tokens, mode="drop"),
-        top_log_probs=state.top_log_probs.at[rows, place].set(best - log_total[:, None], mode="drop"),
+        top_tokens=top_tokens,
+        top_log_probs=top_log_probs,
     )
 
 
 def adjust(logits: jax.Array, requests: Requests, state: State) -> jax.Array:
-    """Penalties, bias and bans, float32[B, V] -> [B, V]."""
+    """Penalties, bias and bans, float32[B, V] -> [B, V]. Those that no row asks for are skipped."""
     r, vocab = requests, logits.shape[-1]
     no_ngrams = (r.no_repeat_ngram == 0).all()
+
+    def real(x: jax.Array) -> jax.Array:
+        return jnp.where(jnp.arange(vocab) < r.n_vocab, x, -jnp.inf)
 
     def apply(x: jax.Array) -> jax.Array:
         x = penalties.repetition(x, jnp.concatenate([r.prompt, state.tokens], axis=1), r.repetition)
@@ -185,11 +225,12 @@ def adjust(logits: jax.Array, requests: Requests, state: State) -> jax.Array:
         x = penalties.bias(x, r.edit_ids, r.edit_values)
         x = penalties.min_new_tokens(x, r.stop_ids, state.n_new, r.min_new)
         seen = history(r, state)
-        return lax.cond(no_ngrams, lambda x: x, lambda x: penalties.no_repeat_ngram(x, seen, r.no_repeat_ngram), x)
+        x = lax.cond(no_ngrams, lambda x: x, lambda x: penalties.no_repeat_ngram(x, seen, r.no_repeat_ngram), x)
+        return real(x)
 
     plain = (r.repetition == 1) & (r.presence == 0) & (r.frequency == 0) & (state.n_new >= r.min_new)
-    x = lax.cond((plain & (r.edit_ids < 0).all(-1)).all() & no_ngrams, lambda x: x, apply, logits)
-    return jnp.where(jnp.arange(vocab) < r.n_vocab, x, -jnp.inf)
+    # A branch that returned its argument would copy it: so the one pass that all need is within both.
+    return lax.cond((plain & (r.edit_ids < 0).all(-1)).all() & no_ngrams, real, apply, logits)
 
 
 def history(requests: Requests, state: State) -> jax.Array:
@@ -204,13 +245,25 @@ def history(requests: Requests, state: State) -> jax.Array:
 @partial(jax.jit, donate_argnames="state")
 def decode(cfg: ModelConfig, params: Params, requests: Requests, state: State, steps: jax.Array | int) -> State:
     """Up to `steps` more tokens for every running row, ending early when none runs. The state's buffers are reused."""
+    return loop(cfg, params, requests, state, steps, lambda state: (state.finished == RUNNING).any())
 
-    def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
+
+def loop(
+    cfg: ModelConfig,
+    params: Params,
+    requests: Requests,
+    state: State,
+    steps: jax.Array | int,
+    goes_on: Callable[[State], jax.Array],
+) -> State:
+    """Up to `steps` decoding steps, as long as `goes_on` (State -> bool[])."""
+
+    def more(carry: tuple[jax.Array, State]) -> jax.Array:
         left, state = carry
-        return (left > 0) & (state.finished == RUNNING).any()
+        return (left > 0) & goes_on(state)
 
     def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         left, state = carry
         return left - 1, decode_step(cfg, params, requests, state)
 
-    return lax.while_loop(goes_on, body, (jnp.asarray(steps, jnp.int32), state))[1]
+    return lax.while_loop(more, body, (jnp.asarray(steps, jnp.int32), state))[1]

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Cache, Params
+from jaxlm.sample import answers
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.decode import Requests, State
@@ -29,10 +30,23 @@ def start(
     stop_ids: tuple[int, ...],
     n_vocab: int,
     n_top: int = 0,
+    ahead: int = 0,
 ) -> tuple[Requests, State]:
-    """A group's arrays, and its state before the first new token. The group is one of `requests.groups`."""
+    """A group's arrays, and its state before the first new token.
+
+    Args:
+        cfg: the model.
+        params: from `prepare`.
+        group: one of `requests.groups`.
+        slots: B.
+        key: the call's.
+        stop_ids: ids that end an answer.
+        n_vocab: ids from here on are never produced.
+        n_top: most likely tokens to be noted of each new one.
+        ahead: places of the cache beyond the last token, for guesses.
+    """
     width, room = asking.width(cfg, group[0]), asking.bucket(max(r.max_new for r in group))
-    capacity = cfg.max_seq_len if group[0].slides else width + room
+    capacity = cfg.max_seq_len if group[0].slides else width + room + ahead
     asked = asking.pack(group, slots, width, key, stop_ids, n_vocab)
     return asked, decoding.prefill(cfg, params, asked.prompt, capacity=capacity, n_new=room, n_top=n_top)
 
@@ -51,19 +65,52 @@ def advance(cfg: ModelConfig, params: Params, asked: Requests, state: State, ste
     if not slides:
         return decoding.decode(cfg, params, asked, state, steps)
     while steps > 0:
+        state = slide(cfg, params, asked, state)
         running, held = np.asarray(state.finished) == decoding.RUNNING, np.asarray(state.cache.length)
         if not running.any():
             break
-        full = running & (held >= cfg.max_seq_len)
-        if full.any():
-            window = _window(asked, state, full, asking.kept(cfg))
-            fresh = decoding.prefill(cfg, params, window, capacity=cfg.max_seq_len, n_new=1).cache
-            state = _with_rows(state, fresh, full)
-            held = np.where(full, asking.kept(cfg) - 1, held)
         now = min(steps, int(cfg.max_seq_len - held[running].max()))
         state = decoding.decode(cfg, params, asked, state, now)
         steps -= now
     return state
+
+
+def finish(
+    cfg: ModelConfig,
+    params: Params,
+    asked: Requests,
+    state: State,
+    *,
+    slides: bool,
+    stops: tuple[str, ...],
+    tokenizer: asking.Decodes | None,
+) -> State:
+    """Decodes to the end; with stop strings a few tokens at a time, to end rows whose text holds one. Uses up `state`.
+
+    What such a row holds beyond its stop string is cut when the answer is read.
+    """
+    room = state.tokens.shape[1]
+    if tokenizer is None or not stops:
+        return advance(cfg, params, asked, state, room, slides=slides)
+    for _ in range(0, room, answers.STRIDE):
+        state = advance(cfg, params, asked, state, answers.STRIDE, slides=slides)
+        state = answers.end_at_stops(state, [stops] * state.last.shape[0], tokenizer)
+        if not (np.asarray(state.finished) == decoding.RUNNING).any():
+            break
+    return state
+
+
+def slide(cfg: ModelConfig, params: Params, asked: Requests, state: State) -> State:
+    """Cuts running windows that are full to their last C // 2 tokens, which are prefilled anew. Uses up `state`.
+
+    Looks at the device, so it is not for `jit`.
+    """
+    full = (np.asarray(state.finished) == decoding.RUNNING) & (np.asarray(state.cache.length) >= cfg.max_seq_len)
+    if not full.any():
+        return state
+    window = _window(asked, state, full, asking.kept(cfg))
+    fresh = decoding.prefill(cfg, params, window, capacity=cfg.max_seq_len, n_new=1).cache
+    return _with_rows(state, fresh, full)
 
 
 @partial(jax.jit, static_argnames="size")

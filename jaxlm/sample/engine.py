@@ -14,8 +14,11 @@ of slots, one capacity and one n_new, a request gets the same bits in any slot, 
 arrival. They are those of `generate` but for the rounding of its other shapes: it prefills `slots` rows together and
 has a cache of another length.
 
+Where requests may exceed the model's context (`overflow="slide"`, in slots of that capacity), call `slide` before
+`step`: windows that are full are cut as in `jaxlm.sample.drive`. A slot with a full window does not step.
+
 Compilations: `step` once, `insert` once for each power of two of prompt length; both again when a request has more stop
-ids or biased and banned ids than any before, by powers of two from 16.
+ids or biased and banned ids than any before, by powers of two from 16; `slide` one prefill.
 """
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ from jax import lax
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params
+from jaxlm.sample import answers, drive
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
-from jaxlm.sample.generate import Generation, _read, _with_text
+from jaxlm.sample.answers import Generation
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import Decodes
+from jaxlm.sample.requests import Decodes, Overflow
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class EngineState(NamedTuple):
         """Tokens that an answer may have."""
         return self.rows.tokens.shape[1]
 
+    @property
+    def n_top(self) -> int:
+        """Most likely tokens that are noted of each new one."""
+        return self.rows.top_tokens.shape[-1]
+
 
 def init(
     cfg: ModelConfig,
@@ -99,6 +108,7 @@ def init(
     n_new: int,
     key: jax.Array | None = None,
     n_vocab: int | None = None,
+    n_top: int = 0,
 ) -> EngineState:
     """An engine without requests.
 
@@ -110,27 +120,30 @@ def init(
         n_new: tokens that an answer may have.
         key: any key of the kind that requests will be inserted with.
         n_vocab: ids from here on are padding of the vocabulary, never produced.
+        n_top: most likely tokens to be noted of each new one.
 
     Raises:
         InputError: a size below 1, or a capacity beyond the model's context.
     """
     for name, size in (("slots", slots), ("capacity", capacity), ("n_new", n_new)):
-        if size < 1:
-            raise InputError(f"{name}: must be at least 1, found {size}.")
+        asking.check_count(name, size)
+    asking.check_count("n_top", n_top, 0, cfg.vocab_size)
     if capacity > cfg.max_seq_len and cfg.kind != "bigram":
         raise InputError(f"capacity: must be at most the model's context of {cfg.max_seq_len}, found {capacity}.")
     nobody = asking.Request(0, [0], Sampling(temperature=0), 1)
     idle = asking.pack([nobody], 1, capacity, asking.check_key(key), (), n_vocab or cfg.vocab_size)
-    shapes = jax.eval_shape(
-        partial(decoding.prefill, capacity=capacity, n_new=n_new),
-        cfg, params, jax.ShapeDtypeStruct((slots, min(16, capacity)), jnp.int32),
-    )  # fmt: skip
-    rows = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return _empty(cfg, idle, slots=slots, capacity=capacity, n_new=n_new, n_top=n_top)
+
+
+@partial(jax.jit, static_argnames=("slots", "capacity", "n_new", "n_top"))
+def _empty(
+    cfg: ModelConfig, idle: decoding.Requests, *, slots: int, capacity: int, n_new: int, n_top: int
+) -> EngineState:
     return EngineState(
         requests=jax.tree.map(lambda leaf: jnp.repeat(leaf, slots, axis=0) if leaf.ndim else jnp.copy(leaf), idle),
-        rows=rows._replace(finished=jnp.full(slots, decoding.LENGTH, jnp.int32)),
+        rows=decoding.blank(cfg, slots, capacity=capacity, n_new=n_new, n_top=n_top),
         used=jnp.zeros(slots, bool),
-        idle=jax.tree.map(jnp.copy, idle),
+        idle=jax.tree.map(jnp.copy, idle),  # buffers of its own, for the state will be used up
     )
 
 
@@ -142,7 +155,9 @@ def insert(
     request: Request,
     *,
     index: int = 0,
+    sample: int = 0,
     key: jax.Array | None = None,
+    overflow: Overflow = "refuse",
 ) -> EngineState:
     """Prefills a request and puts it into a free slot. Uses up `state`.
 
@@ -153,7 +168,9 @@ def insert(
         slot: 0 .. B-1.
         request: what to continue, and how. Its `stop` strings are for `serve`.
         index: the request's number, which its draws depend on as in `generate`.
+        sample: number among the answers to the request, which its draws depend on as well.
         key: typed PRNG key of the call, as in `generate`.
+        overflow: as in `generate`; `slide` needs slots that hold the model's whole context.
 
     Raises:
         InputError: a slot in use or out of range, or a request that is wrong or too long for the engine.
@@ -161,8 +178,8 @@ def insert(
     _in_range(state, slot)
     if bool(state.used[slot]):
         raise InputError(f"slot: {slot} is in use; harvest and free it first, or take another.")
-    (row,) = checked(cfg, [request], state.capacity, state.n_new)
-    row = replace(row, index=index)
+    (row,) = checked(cfg, [request], state.capacity, state.n_new, overflow)
+    row = replace(row, index=index, sample=sample)
     asked = asking.pack([row], 1, asking.width(cfg, row), asking.check_key(key), tuple(request.stop_ids), 0)
     return _insert(cfg, params, _widened(state, asked), np.int32(slot), asked)
 
@@ -171,7 +188,8 @@ def insert(
 def _insert(
     cfg: ModelConfig, params: Params, state: EngineState, slot: jax.Array, asked: decoding.Requests
 ) -> EngineState:
-    one = decoding.prefill(cfg, params, asked.prompt, capacity=asked.prompt.shape[1], n_new=state.n_new)
+    width = asked.prompt.shape[1]
+    one = decoding.prefill(cfg, params, asked.prompt, capacity=width, n_new=state.n_new, n_top=state.n_top)
     put = partial(_put, slot=slot)
     return state._replace(
         requests=jax.tree.map(put, state.requests, asked),
@@ -182,18 +200,22 @@ def _insert(
 
 @partial(jax.jit, donate_argnames="state")
 def step(cfg: ModelConfig, params: Params, state: EngineState, n: jax.Array | int) -> EngineState:
-    """Up to n more tokens for every running slot, fewer when one of them ends: its slot can be used again at once."""
+    """Up to n more tokens for every running slot, fewer when one of them ends: its slot can be used again at once.
+
+    Fewer, too, when a window that slides is full, and none before `slide` has cut it.
+    """
     running = state.rows.finished == decoding.RUNNING
 
-    def goes_on(carry: tuple[jax.Array, decoding.State]) -> jax.Array:
-        left, rows = carry
-        return (left > 0) & running.any() & ((rows.finished == decoding.RUNNING) == running).all()
+    def goes_on(rows: decoding.State) -> jax.Array:
+        full = running & (rows.cache.length >= state.capacity)
+        return running.any() & ((rows.finished == decoding.RUNNING) == running).all() & ~full.any()
 
-    def body(carry: tuple[jax.Array, decoding.State]) -> tuple[jax.Array, decoding.State]:
-        left, rows = carry
-        return left - 1, decoding.decode_step(cfg, params, state.requests, rows)
+    return state._replace(rows=decoding.loop(cfg, params, state.requests, state.rows, n, goes_on))
 
-    return state._replace(rows=lax.while_loop(goes_on, body, (jnp.asarray(n, jnp.int32), state.rows))[1])
+
+def slide(cfg: ModelConfig, params: Params, state: EngineState) -> EngineState:
+    """The engine without full windows, ready to step. Uses up `state`; looks at the device, so it is not for `jit`."""
+    return state._replace(rows=drive.slide(cfg, params, state.requests, state.rows))
 
 
 def harvest(state: EngineState, slot: int, *, tokenizer: Decodes | None = None, stop: Sequence[str] = ()) -> Generation:
@@ -207,11 +229,9 @@ def harvest(state: EngineState, slot: int, *, tokenizer: Decodes | None = None, 
         raise InputError(f"slot: {slot} holds no request.")
     if int(state.rows.finished[slot]) == decoding.RUNNING:
         raise InputError(f"slot: the request in {slot} still runs; step until it ends.")
-    rows = state.rows
-    arrays = (rows.tokens, rows.log_probs, rows.n_new, rows.finished, rows.top_tokens, rows.top_log_probs)
-    done = _read(*(np.asarray(array[slot]) for array in arrays))
-    stop_ids = tuple(np.asarray(state.requests.stop_ids[slot]).tolist())
-    return _with_text(done, tuple(stop), stop_ids, tokenizer)
+    stop_ids = np.asarray(state.requests.stop_ids[slot]).tolist()
+    row = answers.arrays(state.rows).row(slot)
+    return answers.read(row, stops=tuple(stop), stop_ids=stop_ids, tokenizer=tokenizer)
 
 
 def free(state: EngineState, slot: int) -> EngineState:
@@ -234,22 +254,22 @@ def _free(state: EngineState, slot: jax.Array) -> EngineState:
 
 
 def checked(
-    cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None
+    cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None, overflow: str
 ) -> list[asking.Request]:
     """The requests as `generate` holds them.
 
     Raises:
         InputError: one is wrong in itself, or too long for a slot of `capacity` tokens, `n_new` of them new.
     """
-    rows = asking.check(
-        cfg,
-        [r.prompt for r in requests],
-        [r.sampling for r in requests],
-        [r.max_new_tokens for r in requests],
-        "refuse",
-    )
+    wanted = [r.max_new_tokens for r in requests]
+    rows = asking.check(cfg, [r.prompt for r in requests], [r.sampling for r in requests], wanted, overflow)
     for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
-        if capacity is not None and len(row.prompt) + row.max_new > capacity:
+        if row.slides and capacity is not None and capacity < cfg.max_seq_len:
+            raise InputError(
+                f"prompt {i}: its window is to slide, which needs capacity={cfg.max_seq_len}, the model's context; "
+                f"found {capacity}."
+            )
+        if not row.slides and capacity is not None and len(row.prompt) + row.max_new > capacity:
             raise InputError(
                 f"prompt {i}: {len(row.prompt)} tokens and {row.max_new} new ones exceed a slot's capacity of "
                 f"{capacity}."

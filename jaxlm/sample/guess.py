@@ -16,7 +16,6 @@ from jaxlm.sample.filters import filter_logits
 from jaxlm.sample.sampler import sample_token
 
 DRAFT, ACCEPT, REST = 1, 2, 3  # the three draws of one position, where a model guesses
-_FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 def look_up(history: jax.Array, length: jax.Array, n: int, max_ngram: int) -> jax.Array:
@@ -54,7 +53,7 @@ def from_model(
         hidden, grown = forward(cfg, params, ahead.last[:, None], cache=cache)
         assert grown is not None
         logits = decoding.adjust(unembed(cfg, params, hidden[:, 0]), requests, ahead)
-        kept = filter_logits(logits, **filters_of(requests))
+        kept = filter_logits(logits, **decoding.filters_of(requests))
         token = sample_token(keys_at(requests.key, state.cache.length + 1 + i, DRAFT), kept)
         good = good & (token >= 0)
         ahead = ahead._replace(
@@ -70,11 +69,6 @@ def from_model(
     _, cache_with_all = forward(cfg, params, ahead.last[:, None], cache=cache)
     assert cache_with_all is not None
     return guesses.T, q.swapaxes(0, 1), cache_with_all
-
-
-def filters_of(requests: Requests) -> dict[str, Any]:
-    """The options of `filter_logits` and `sample_token`, [B] each."""
-    return {name: getattr(requests, name) for name in _FILTERS}
 
 
 def keys_at(key: jax.Array, position: jax.Array, purpose: int) -> jax.Array:

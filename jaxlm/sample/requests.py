@@ -71,16 +71,22 @@ def check(
     max_new_tokens: int | Sequence[int],
     overflow: str,
     n: int = 1,
+    *,
+    can_slide: bool = True,
 ) -> list[Request]:
     """One request for each of the `n` samples of every prompt, prompt by prompt. See `generate` for the arguments.
+
+    Args:
+        can_slide: the caller has a way to go on when the context is full.
 
     Raises:
         InputError: what is wrong, with the number of the prompt.
     """
-    if overflow not in ("refuse", "crop", "slide"):
-        raise InputError(f"overflow: must be refuse, crop or slide, found {overflow!r}.")
-    if n < 1:
-        raise InputError(f"n: must be at least 1 sample of each prompt, found {n}.")
+    ways = ("refuse", "crop", "slide") if can_slide else ("refuse", "crop")
+    if overflow not in ways:
+        only = "" if can_slide or overflow != "slide" else "; only generate, stream and serve can slide"
+        raise InputError(f"overflow: must be {', '.join(ways[:-1])} or {ways[-1]}, found {overflow!r}{only}.")
+    check_count("n", n)
     each = len(prompts)
     options = [sampling or Sampling()] * each if sampling is None or isinstance(sampling, Sampling) else list(sampling)
     wanted = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * each
@@ -93,14 +99,13 @@ def check(
         for token in option.edits:
             if token >= cfg.vocab_size:
                 raise InputError(f"sampling {i}: id {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
-        if max_new < 1:
-            raise InputError(f"max_new_tokens: must be at least 1, found {max_new}.")
+        check_count("max_new_tokens", max_new)
         too_long = len(ids) + max_new > cfg.max_seq_len
         if too_long and (overflow == "refuse" or (overflow == "crop" and max_new >= cfg.max_seq_len)):
+            slide = ", or 'slide' to go on with the last tokens when the context is full" if can_slide else ""
             raise InputError(
                 f"prompt {i}: {len(ids)} tokens and {max_new} new ones exceed the model's context of "
-                f"{cfg.max_seq_len}; shorten one of them, or pass overflow='crop' to drop the prompt's start, or "
-                "'slide' to go on with the last tokens when the context is full."
+                f"{cfg.max_seq_len}; shorten one of them, or pass overflow='crop' to drop the prompt's start{slide}."
             )
         if too_long and overflow == "crop":
             ids = ids[len(ids) + max_new - cfg.max_seq_len :]
@@ -114,7 +119,10 @@ def check(
 def _ids(cfg: ModelConfig, i: int, prompt: Sequence[int]) -> list[int]:
     if isinstance(prompt, str):
         raise InputError(f"prompt {i}: expected token ids, found text; encode it with the tokenizer first.")
-    ids = [operator.index(token) for token in prompt]
+    try:
+        ids = [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise InputError(f"prompt {i}: expected a list of token ids, found {prompt!r:.60}.") from error
     if not ids:
         raise InputError(f"prompt {i}: is empty; give it at least one token, such as the end-of-text id.")
     for token in ids:
@@ -131,15 +139,50 @@ def check_ends(
     Raises:
         InputError: a stop string that is empty or has no tokenizer, or a stop id outside the vocabulary.
     """
+    for token in stop_ids:
+        if not 0 <= token < cfg.vocab_size:
+            raise InputError(f"stop_ids: {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
+    return check_stops(stop, tokenizer)
+
+
+def check_stops(stop: str | Sequence[str], tokenizer: Decodes | None) -> tuple[str, ...]:
+    """The stop strings.
+
+    Raises:
+        InputError: one is empty, or there is no tokenizer to look for them with.
+    """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise InputError("stop: a stop string is empty; remove it.")
     if stops and tokenizer is None:
         raise InputError("stop: stop strings need a tokenizer; pass tokenizer=, or stop_ids= instead.")
-    for token in stop_ids:
-        if not 0 <= token < cfg.vocab_size:
-            raise InputError(f"stop_ids: {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
     return stops
+
+
+def check_count(name: str, value: int, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int.
+
+    Raises:
+        InputError: it is no integer, or out of range.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name}: must be an integer, found {value!r}.") from error
+    if count < least or (most is not None and count > most):
+        expected = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise InputError(f"{name}: must be {expected}, found {value}.")
+    return count
+
+
+def check_slots(slots: int | None, requests: int, most: int) -> int:
+    """Rows that decode together: by default the power of two, at most `most`, that holds all `requests`."""
+    return check_count("slots", min(most, 1 << max(requests - 1, 0).bit_length()) if slots is None else slots)
+
+
+def real_vocab(cfg: ModelConfig, tokenizer: Decodes | None) -> int:
+    """Ids from here on are padding of the vocabulary, never produced."""
+    return cfg.vocab_size if tokenizer is None else min(cfg.vocab_size, tokenizer.vocab_size)
 
 
 def check_key(key: jax.Array | None) -> jax.Array:

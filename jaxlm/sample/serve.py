@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params
+from jaxlm.sample import answers, engine
 from jaxlm.sample import decode as decoding
-from jaxlm.sample import engine
 from jaxlm.sample import requests as asking
-from jaxlm.sample.engine import Request
-from jaxlm.sample.generate import Generation, _find
-from jaxlm.sample.requests import Decodes, bucket
+from jaxlm.sample.answers import Generation
+from jaxlm.sample.engine import EngineState, Request
+from jaxlm.sample.requests import Decodes, Overflow, bucket
 
 
 def serve(
@@ -28,11 +29,16 @@ def serve(
     slots: int,
     capacity: int | None = None,
     n_new: int | None = None,
+    n: int = 1,
     key: jax.Array | None = None,
     tokenizer: Decodes | None = None,
-    steps: int = 8,
+    overflow: Overflow = "refuse",
+    top_log_probs: int = 0,
+    steps: int = answers.STRIDE,
 ) -> Iterator[tuple[int, Generation]]:
     """Answers requests as slots come free; those beyond `slots` wait their turn.
+
+    The answers are those of `generate` for the same arguments, but for the rounding of its other shapes.
 
     Args:
         cfg: the model.
@@ -41,81 +47,89 @@ def serve(
         slots: requests that decode together.
         capacity: tokens that a slot holds, prompt and answer. A list's own needs by default; an iterator needs it said.
         n_new: tokens that an answer may have; as many as the list needs, or half of the capacity.
+        n: samples of each request, each in a slot of its own.
         key: as in `generate`; request i draws with fold_in(key, i), or from its own seed.
         tokenizer: decodes the answers, and finds stop strings.
+        overflow: as in `generate`; `slide` needs a capacity of the model's context, which a list then gets by default.
+        top_log_probs: most likely tokens to report at each new one.
         steps: tokens between two looks for stop strings.
 
     Yields:
-        (i, Generation) for request i, in the order in which they end.
+        (place, Generation) in the order in which they end. The place is that in `generate`'s list: i for request i, or
+        i * n + j for its sample j.
 
     Raises:
         InputError: something wrong with a request or a size. A wrong request from an iterator is reported after those
             before it have been answered.
     """
     if isinstance(requests, Sequence):
-        rows = engine.checked(cfg, requests, capacity, n_new)
+        rows = engine.checked(cfg, requests, capacity, n_new, overflow)
         n_new = n_new or bucket(max((r.max_new for r in rows), default=1))
         needed = max((asking.width(cfg, r) for r in rows), default=1) + n_new
+        if any(r.slides for r in rows):
+            needed = cfg.max_seq_len
         capacity = capacity or (needed if cfg.kind == "bigram" else min(needed, cfg.max_seq_len))
         for request in requests:
-            asking.check_ends(cfg, request.stop, (), tokenizer)
+            asking.check_stops(request.stop, tokenizer)
     elif capacity is None:
         raise InputError(
             "capacity: say how many tokens a slot holds, since requests from an iterator are not yet known."
         )
-    if steps < 1:
-        raise InputError(f"steps: must be at least 1, found {steps}.")
-    n_vocab = None if tokenizer is None else min(cfg.vocab_size, tokenizer.vocab_size)
-    dparams = decoding.prepare(cfg, params)
+    for name, count in (("steps", steps), ("n", n)):
+        asking.check_count(name, count)
+    asking.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
+    params = decoding.prepare(cfg, params)
     state = engine.init(
-        cfg, dparams, slots=slots, capacity=capacity, n_new=n_new or max(capacity // 2, 1), key=key, n_vocab=n_vocab
-    )
-    return _serving(cfg, dparams, state, enumerate(requests), asking.check_key(key), tokenizer, steps)
+        cfg, params, slots=slots, capacity=capacity, n_new=n_new or max(capacity // 2, 1), key=key,
+        n_vocab=asking.real_vocab(cfg, tokenizer), n_top=top_log_probs,
+    )  # fmt: skip
+    insert = partial(engine.insert, cfg, params, key=asking.check_key(key), overflow=overflow)
+
+    def advance(state: EngineState) -> EngineState:
+        return engine.step(cfg, params, engine.slide(cfg, params, state) if overflow == "slide" else state, steps)
+
+    queue = (_Waiting(i, j, i * n + j, request) for i, request in enumerate(requests) for j in range(n))
+    return _serving(state, queue, insert, advance, tokenizer)
+
+
+class _Waiting(NamedTuple):
+    """An answer to be written: its request's number, its own among the request's, and its place among all."""
+
+    number: int
+    sample: int
+    place: int
+    request: Request
 
 
 def _serving(
-    cfg: ModelConfig,
-    params: Params,
-    state: engine.EngineState,
-    queue: Iterator[tuple[int, Request]],
-    key: jax.Array,
+    state: EngineState,
+    queue: Iterator[_Waiting],
+    insert: Callable[..., EngineState],
+    advance: Callable[[EngineState], EngineState],
     tokenizer: Decodes | None,
-    steps: int,
 ) -> Iterator[tuple[int, Generation]]:
-    held: dict[int, tuple[int, Request]] = {}
+    held: dict[int, _Waiting] = {}  # by slot
     empty, wrong = deque(range(state.slots)), None
     while True:
         while empty and wrong is None and (item := next(queue, None)) is not None:
-            index, request = item
             try:
-                asking.check_ends(cfg, request.stop, (), tokenizer)
-                state = engine.insert(cfg, params, state, empty[0], request, index=index, key=key)
+                asking.check_stops(item.request.stop, tokenizer)
+                state = insert(state, empty[0], item.request, index=item.number, sample=item.sample)
                 held[empty.popleft()] = item
             except InputError as error:
-                wrong = InputError(f"request {index}: {error}")
+                wrong = InputError(f"request {item.number}: {error}")
         if not held:
             break
-        state = engine.step(cfg, params, state, steps)
-        if any(request.stop for _, request in held.values()):
-            assert tokenizer is not None
-            state = _stopped(state, held, tokenizer)
+        state = advance(state)
+        stops = [held[slot].request.stop if slot in held else () for slot in range(state.slots)]
+        if tokenizer is not None and any(stops):
+            state = state._replace(rows=answers.end_at_stops(state.rows, stops, tokenizer))
         finished = np.asarray(state.rows.finished)
         for slot in [slot for slot in held if finished[slot] != decoding.RUNNING]:
-            index, request = held.pop(slot)
-            answer = engine.harvest(state, slot, tokenizer=tokenizer, stop=request.stop)
+            done = held.pop(slot)
+            answer = engine.harvest(state, slot, tokenizer=tokenizer, stop=done.request.stop)
             state = engine.free(state, slot)
             empty.append(slot)
-            yield index, answer
+            yield done.place, answer
     if wrong is not None:
         raise wrong
-
-
-def _stopped(state: engine.EngineState, held: dict[int, tuple[int, Request]], tokenizer: Decodes) -> engine.EngineState:
-    """Marks the running rows whose text holds one of their stop strings as finished."""
-    rows = state.rows
-    tokens, n_new, finished = np.asarray(rows.tokens), np.asarray(rows.n_new), np.array(rows.finished)
-    for slot, (_, request) in held.items():
-        text = tokenizer.decode(tokens[slot, : n_new[slot]].tolist()) if request.stop else ""
-        if finished[slot] == decoding.RUNNING and _find(text, request.stop) >= 0:
-            finished[slot] = decoding.STOP
-    return state._replace(rows=rows._replace(finished=jnp.asarray(finished)))

@@ -14,15 +14,15 @@ applied to the target's logits and to the draft model's, at each place with the 
   arXiv 2302.01318, theorem 1). With temperature 0 the tokens are the greedy ones.
 
 Randomness follows a request's key and the token's position, never the round. It is worth it where a pass is bound by
-reading the weights: at small batches.
+reading the weights: at small batches. Windows do not slide here: guesses would reach past the point where they are cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ from jax import lax
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Cache, Params, forward, unembed
+from jaxlm.sample import answers, drive, guess
 from jaxlm.sample import decode as decoding
-from jaxlm.sample import guess
 from jaxlm.sample import requests as asking
+from jaxlm.sample.answers import Generation
 from jaxlm.sample.decode import Requests, State
 from jaxlm.sample.filters import filter_logits
-from jaxlm.sample.generate import Generation, _read, _with_text
 from jaxlm.sample.options import Sampling
 from jaxlm.sample.requests import Decodes, bucket
 from jaxlm.sample.sampler import sample_token
@@ -48,7 +48,7 @@ class Speculated:
     """Answers, and how well the guessing went.
 
     Attributes:
-        generations: one a prompt, in order.
+        generations: n of the first prompt, n of the second, and so on.
         rounds: passes of the target model over a row, all rows together.
         proposed: tokens guessed.
         accepted: guesses that became part of an answer.
@@ -66,7 +66,7 @@ class Speculated:
 
     @property
     def tokens_per_round(self) -> float:
-        """New tokens for each pass of the target; 1 is plain decoding."""
+        """New tokens for each pass of the target; 1 is plain decoding, and less where stop strings cut answers."""
         return sum(len(g.tokens) for g in self.generations) / max(self.rounds, 1)
 
 
@@ -75,13 +75,11 @@ class _Run(NamedTuple):
 
     Attributes:
         state: of the target.
-        history: int32[B, S], prompt and answer, -1 after the end.
         draft: cache of the draft model, or None.
         counts: int32[B, 3], rounds, proposed and accepted.
     """
 
     state: State
-    history: jax.Array
     draft: Cache | None
     counts: jax.Array
 
@@ -96,15 +94,19 @@ def speculate(
     n_draft: int = 4,
     max_ngram: int = 3,
     sampling: Sampling | Sequence[Sampling] | None = None,
+    n: int = 1,
     stop_ids: Sequence[int] = (),
+    stop: str | Sequence[str] = (),
     key: jax.Array | None = None,
     tokenizer: Decodes | None = None,
     slots: int = 1,
+    overflow: Literal["refuse", "crop"] = "refuse",
+    top_log_probs: int = 0,
 ) -> Speculated:
     """Continues prompts as `generate` does, in fewer passes of the model.
 
     Requests are decoded `slots` at a time, with shapes like those of `generate`; each row accepts as many guesses as it
-    can, whatever its neighbours do. Stop strings are not looked for: cut the text afterwards, or use `generate`.
+    can, whatever its neighbours do.
 
     Args:
         cfg: the target model.
@@ -115,21 +117,24 @@ def speculate(
         n_draft: K, tokens guessed a round.
         max_ngram: longest run of tokens that prompt lookup looks for.
         sampling: options for all requests, or one for each.
+        n: samples of each prompt, with the keys that they have in `generate`.
         stop_ids: ids that end an answer.
+        stop: strings that end an answer, looked for between rounds; they need a tokenizer.
         key: as in `generate`.
         tokenizer: decodes the answers; ids from its vocab_size on are never produced.
         slots: rows decoded together.
+        overflow: as in `generate`, but for `slide`.
+        top_log_probs: most likely tokens to report at each new one.
 
     Raises:
         InputError: as in `generate`; a draft model of another vocabulary or a shorter context than needed; n_draft,
             max_ngram or slots below 1.
     """
-    requests = asking.check(cfg, prompts, sampling, max_new_tokens, "refuse")
+    requests = asking.check(cfg, prompts, sampling, max_new_tokens, overflow, n, can_slide=False)
     for name, value in (("n_draft", n_draft), ("max_ngram", max_ngram), ("slots", slots)):
-        if value < 1:
-            raise InputError(f"{name}: must be at least 1, found {value}.")
-    asking.check_ends(cfg, (), stop_ids, tokenizer)
-    key = asking.check_key(key)
+        asking.check_count(name, value)
+    asking.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
+    stops = asking.check_ends(cfg, stop, stop_ids, tokenizer)
     draft_cfg, draft_params = None, None
     if draft is not None:
         draft_cfg, draft_params = draft
@@ -142,32 +147,40 @@ def speculate(
         if longest > draft_cfg.max_seq_len:
             raise InputError(f"draft: its context of {draft_cfg.max_seq_len} tokens is below the {longest} asked for.")
         draft_params = decoding.prepare(draft_cfg, draft_params)
-    n_vocab = cfg.vocab_size if tokenizer is None else min(cfg.vocab_size, tokenizer.vocab_size)
     dparams = decoding.prepare(cfg, params)
+    begin = partial(
+        drive.start, slots=slots, key=asking.check_key(key), stop_ids=tuple(stop_ids),
+        n_vocab=asking.real_vocab(cfg, tokenizer), ahead=bucket(n_draft + 1),  # guesses may reach beyond the end
+    )  # fmt: skip
+    decode = partial(_decode, cfg, dparams, draft_cfg, draft_params, n_draft=n_draft, max_ngram=max_ngram)
 
-    out: dict[int, Generation] = {}
+    out: dict[tuple[int, int], Generation] = {}
     counts = np.zeros(3, np.int64)
     for group in asking.groups(cfg, requests, slots):
-        width, room = asking.width(cfg, group[0]), bucket(max(r.max_new for r in group))
-        asked = asking.pack(group, slots, width, key, tuple(stop_ids), n_vocab)
-        capacity = width + room + bucket(n_draft + 1)  # guesses may reach beyond the last token
-        run = _Run(
-            state=decoding.prefill(cfg, dparams, asked.prompt, capacity=capacity, n_new=room),
-            history=jnp.pad(asked.prompt, ((0, 0), (0, capacity - width)), constant_values=-1),
-            draft=None
-            if draft_cfg is None
-            else decoding.prefill(draft_cfg, draft_params, asked.prompt, capacity=capacity, n_new=room).cache,
-            counts=jnp.zeros((slots, 3), jnp.int32),
-        )
-        run = _decode(cfg, dparams, draft_cfg, draft_params, asked, run, n_draft=n_draft, max_ngram=max_ngram)
-        state, counted = run.state, np.asarray(run.counts)
-        answers = (state.tokens, state.log_probs, state.n_new, state.finished, state.top_tokens, state.top_log_probs)
-        host = [np.asarray(array) for array in answers]
-        for row, request in enumerate(group):
-            done = _read(*(array[row] for array in host))
-            out[request.index] = _with_text(done, (), tuple(stop_ids), tokenizer)
-            counts += counted[row]
-    return Speculated([out[i] for i in range(len(requests))], *map(int, counts))
+        asked, state = begin(cfg, dparams, group, n_top=top_log_probs)
+        guessing = begin(draft_cfg, draft_params, group)[1].cache if draft_cfg and draft_params else None
+        run = _finish(decode, asked, _Run(state, guessing, jnp.zeros((slots, 3), jnp.int32)), n_draft, stops, tokenizer)
+        out |= answers.read_group(group, answers.arrays(run.state), stops, stop_ids, tokenizer)
+        counts += np.asarray(run.counts)[: len(group)].sum(0)
+    return Speculated([out[place] for place in sorted(out)], *map(int, counts))
+
+
+def _finish(
+    decode: Callable[..., _Run],
+    asked: Requests,
+    run: _Run,
+    n_draft: int,
+    stops: tuple[str, ...],
+    tokenizer: Decodes | None,
+) -> _Run:
+    """Decodes to the end; with stop strings a few rounds at a time, as `drive.finish` does."""
+    room, batch = run.state.tokens.shape[1], run.state.last.shape[0]
+    if tokenizer is None or not stops:
+        return decode(asked, run, room)
+    while (np.asarray(run.state.finished) == decoding.RUNNING).any():
+        run = decode(asked, run, max(answers.STRIDE // (n_draft + 1), 1))
+        run = run._replace(state=answers.end_at_stops(run.state, [stops] * batch, tokenizer))
+    return run
 
 
 @partial(jax.jit, static_argnames=("n_draft", "max_ngram"), donate_argnames="run")
@@ -178,78 +191,55 @@ def _decode(
     draft_params: Params | None,
     requests: Requests,
     run: _Run,
+    rounds: jax.Array | int,
     *,
     n_draft: int,
     max_ngram: int,
 ) -> _Run:
-    def one_round(run: _Run) -> _Run:
+    """Up to `rounds` more for every running row. Uses up `run`."""
+
+    def goes_on(carry: tuple[jax.Array, _Run]) -> jax.Array:
+        left, run = carry
+        return (left > 0) & (run.state.finished == decoding.RUNNING).any()
+
+    def one_round(carry: tuple[jax.Array, _Run]) -> tuple[jax.Array, _Run]:
+        left, run = carry
         if draft_cfg is None:
-            guesses = guess.look_up(run.history, run.state.cache.length + 1, n_draft, max_ngram)
-            return _check(cfg, params, requests, run, guesses, None)
+            history = decoding.history(requests, run.state)
+            guesses = guess.look_up(history, run.state.cache.length + 1, n_draft, max_ngram)
+            return left - 1, _check(cfg, params, requests, run, guesses, None)
         assert draft_params is not None
         assert run.draft is not None
         guesses, q, cache = guess.from_model(draft_cfg, draft_params, requests, run.state, run.draft, n_draft)
-        run = _check(cfg, params, requests, run._replace(draft=cache), guesses, q)
-        assert run.draft is not None
-        return run._replace(draft=run.draft._replace(length=run.state.cache.length))
+        run = _check(cfg, params, requests, run, guesses, q)
+        return left - 1, run._replace(draft=cache._replace(length=run.state.cache.length))
 
-    return lax.while_loop(lambda run: (run.state.finished == decoding.RUNNING).any(), one_round, run)
+    return lax.while_loop(goes_on, one_round, (jnp.asarray(rounds, jnp.int32), run))[1]
 
 
 def _check(
     cfg: ModelConfig, params: Params, requests: Requests, run: _Run, guesses: jax.Array, q: jax.Array | None
 ) -> _Run:
     """One pass of the target over the last token and the guesses int32[B, K], and what comes of it."""
-    state, n = run.state, guesses.shape[1]
-    places = jnp.arange(n + 1)[None, :]
+    state = run.state
     fed = jnp.concatenate([state.last[:, None], jnp.maximum(guesses, 0)], axis=1)
     hidden, cache = forward(cfg, params, fed, cache=state.cache)
     assert cache is not None
     logits = unembed(cfg, params, hidden)  # [B, K + 1, V]: place i follows i guesses
     with jax.named_scope("accept"):
         adjusted = _adjusted(logits, requests, state, guesses)
-        position = state.cache.length[:, None] + 1 + places
+        position = state.cache.length[:, None] + 1 + jnp.arange(fed.shape[1])
         drawn, accepted = (
             _as_drawn(requests, position, adjusted, guesses)
             if q is None
             else _as_weighed(requests, position, adjusted, guesses, q)
         )
-
-    # Of `accepted` guesses and one token more, what comes before the first end.
-    stops = (drawn[:, :, None] == requests.stop_ids[:, None, :]).any(-1)
-    stopped_before = jnp.cumsum(stops, axis=1) - stops > 0
-    left = (requests.max_new - state.n_new)[:, None]
+        after = decoding.extend(requests, state, cache, logits, drawn, accepted)
     running = state.finished == decoding.RUNNING
-    emits = running[:, None] & (places <= accepted[:, None]) & (places < left) & (drawn >= 0) & ~stopped_before
-    count = emits.sum(-1, dtype=jnp.int32)
-    last = jnp.maximum(count - 1, 0)[:, None]
-    n_new, any_new = state.n_new + count, count > 0
-    at_end = jnp.where(
-        any_new & jnp.take_along_axis(stops, last, axis=1)[:, 0],
-        decoding.STOP,
-        jnp.where(
-            n_new >= requests.max_new, decoding.LENGTH, jnp.where(count <= accepted, decoding.ERROR, decoding.RUNNING)
-        ),
-    )
-    rows = jnp.arange(count.shape[0])[:, None]
-    chosen = jnp.take_along_axis(logits, jnp.maximum(drawn, 0)[:, :, None], axis=2)[:, :, 0]
-    log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
-    answer_place = jnp.where(emits, state.n_new[:, None] + places, state.tokens.shape[1])
-    history_place = jnp.where(emits, position, run.history.shape[1])
     proposed = jnp.where(running, (guesses >= 0).sum(-1), 0)
-    taken = jnp.minimum(count, jnp.where(running, accepted, 0))
-    return run._replace(
-        state=state._replace(
-            cache=cache._replace(length=state.cache.length + count),
-            last=jnp.where(any_new, jnp.take_along_axis(drawn, last, axis=1)[:, 0], state.last),
-            n_new=n_new,
-            tokens=state.tokens.at[rows, answer_place].set(drawn, mode="drop"),
-            log_probs=state.log_probs.at[rows, answer_place].set(log_probs, mode="drop"),
-            finished=jnp.where(running, at_end, state.finished),
-        ),
-        history=run.history.at[rows, history_place].set(drawn, mode="drop"),
-        counts=run.counts + jnp.stack([running.astype(jnp.int32), proposed, taken], axis=1),
-    )
+    taken = jnp.minimum(after.n_new - state.n_new, jnp.where(running, accepted, 0))
+    counts = run.counts + jnp.stack([running.astype(jnp.int32), proposed, taken], axis=1)
+    return run._replace(state=after, counts=counts)
 
 
 def _as_drawn(
@@ -312,4 +302,4 @@ def _adjusted(logits: jax.Array, requests: Requests, state: State, guesses: jax.
 
 def _filters(requests: Requests, shape: tuple[int, ...]) -> dict[str, Any]:
     """The filters' options, for every place [B, K + 1]."""
-    return {name: jnp.broadcast_to(option[:, None], shape) for name, option in guess.filters_of(requests).items()}
+    return {name: jnp.broadcast_to(option[:, None], shape) for name, option in decoding.filters_of(requests).items()}

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Params
+from jaxlm.sample import answers, drive
 from jaxlm.sample import decode as decoding
-from jaxlm.sample import drive
 from jaxlm.sample import requests as asking
-from jaxlm.sample.generate import _REASONS, _find
+from jaxlm.sample.answers import Arrays, Reason
 from jaxlm.sample.options import Sampling
 from jaxlm.sample.requests import Decodes, Overflow
 
@@ -31,20 +30,23 @@ class Streams(Decodes, Protocol):
 class Piece:
     """What has come since the piece before.
 
-    The pieces' texts join to `Generation.text`, and so do tokens and log_probs. A text may lag behind its tokens: what
-    could be the beginning of a stop string, or of a character, waits for what follows.
+    The pieces' texts join to `Generation.text`, and so do tokens and their log-probabilities. A text may lag behind its
+    tokens: what could be the beginning of a stop string, or of a character, waits for what follows.
 
     Attributes:
         text: complete characters, never a part of a stop string; empty without a tokenizer.
         tokens: new ids.
         log_probs: of these ids under the model itself, before any filter; nats.
         finish_reason: of the last piece, as in `Generation`; None before that.
+        top_log_probs: for each new id the (id, log-probability) of those most likely, as in `Generation`; None where
+            none were asked for.
     """
 
     text: str
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
-    finish_reason: Literal["stop", "length", "error"] | None = None
+    finish_reason: Reason | None = None
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
 def stream(
@@ -59,6 +61,7 @@ def stream(
     key: jax.Array | None = None,
     tokenizer: Streams | None = None,
     overflow: Overflow = "refuse",
+    top_log_probs: int = 0,
 ) -> Iterator[Piece]:
     """Continues one prompt, with the tokens that `generate(cfg, params, [prompt], ...)` gives for the same arguments.
 
@@ -77,6 +80,7 @@ def stream(
         key: as in `generate`, for its prompt 0.
         tokenizer: turns ids into text, with `pieces`. Without one each token is a piece without text.
         overflow: as in `generate`.
+        top_log_probs: most likely tokens to report at each new one.
 
     Yields:
         Pieces; exactly one, the last, has a finish_reason.
@@ -86,57 +90,56 @@ def stream(
     """
     (request,) = asking.check(cfg, [prompt], sampling, max_new_tokens, overflow)
     stops = asking.check_ends(cfg, stop, stop_ids, tokenizer)
-    n_vocab = min(cfg.vocab_size, tokenizer.vocab_size) if tokenizer is not None else cfg.vocab_size
-    answer = _Answer(cfg, params, request, asking.check_key(key), tuple(stop_ids), n_vocab)
-    return _pieces(answer, stops, tokenizer)
+    asking.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
+    key, n_vocab = asking.check_key(key), asking.real_vocab(cfg, tokenizer)
+    asked = {"key": key, "stop_ids": tuple(stop_ids), "n_vocab": n_vocab, "n_top": top_log_probs}
+    return _pieces(_Answer(cfg, params, request, asked), stops, tokenizer)
 
 
 class _Answer:
     """One request's tokens, decoded as they are asked for."""
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        params: Params,
-        request: asking.Request,
-        key: jax.Array,
-        stop_ids: tuple[int, ...],
-        n_vocab: int,
-    ) -> None:
-        self.cfg, self.params, self.request = cfg, params, request
-        self.key, self.stop_ids, self.n_vocab = key, stop_ids, n_vocab
-        self.reason: Literal["stop", "length", "error"] | None = None
-        self._untold: list[tuple[int, float]] = []  # tokens that no piece has told of
+    def __init__(self, cfg: ModelConfig, params: Params, request: asking.Request, asked: dict[str, Any]) -> None:
+        self.cfg, self.params, self.request, self.asked = cfg, params, request, asked
+        self.reason: Reason | None = None
+        self._row: Any = None  # the leaves of its state, on the host
+        self._out, self._told = 0, 0  # tokens that `tokens` has yielded, or ended with; and those that pieces told of
 
     def tokens(self) -> Iterator[int]:
         """Ids that have a text: all but a stop id at the end."""
-        params = decoding.prepare(self.cfg, self.params)
-        asked, state = drive.start(
-            self.cfg, params, [self.request], slots=1, key=self.key, stop_ids=self.stop_ids, n_vocab=self.n_vocab
-        )
-        seen, finished, steps = 0, decoding.RUNNING, 1
+        cfg, params = self.cfg, decoding.prepare(self.cfg, self.params)
+        asked, state = drive.start(cfg, params, [self.request], slots=1, **self.asked)
+        finished, steps = decoding.RUNNING, 1
         while finished == decoding.RUNNING:
-            state = drive.advance(self.cfg, params, asked, state, steps, slides=self.request.slides)
-            n, finished = int(state.n_new[0]), int(state.finished[0])
-            ids, log_probs = np.asarray(state.tokens)[0, seen:n].tolist(), np.asarray(state.log_probs)[0, seen:n]
-            for i, told in enumerate(zip(ids, log_probs.tolist(), strict=True), start=seen + 1):
-                self._untold.append(told)
-                if i < n or finished != decoding.STOP:
-                    yield told[0]
-            seen, steps = n, _STRIDE
-        self.reason = _REASONS[finished]
+            state = drive.advance(cfg, params, asked, state, steps, slides=self.request.slides)
+            row = self._row = Arrays(*jax.device_get(tuple(answers.arrays(state)))).row(0)
+            n, finished = int(row.n_new), int(row.finished)
+            while self._out < n:
+                self._out += 1
+                if self._out < n or finished != decoding.STOP:
+                    yield int(row.tokens[self._out - 1])
+            steps = _STRIDE
+        self.reason = answers.REASONS[finished]
 
-    def piece(self, text: str, reason: Literal["stop", "length", "error"] | None = None) -> Piece:
+    def piece(self, text: str, reason: Reason | None = None) -> Piece:
         """A piece with all tokens that came since the last one."""
-        told, self._untold = self._untold, []
-        return Piece(text, tuple(token for token, _ in told), tuple(log_prob for _, log_prob in told), reason)
+        row, new = self._row, slice(self._told, self._out)
+        self._told = self._out
+        tops = answers.tops(row.top_tokens[new], row.top_log_probs[new])
+        return Piece(
+            text,
+            tuple(row.tokens[new].tolist()),
+            tuple(row.log_probs[new].tolist()),
+            reason,
+            None if tops is None else tuple(map(tuple, tops)),
+        )
 
 
 def _pieces(answer: _Answer, stops: tuple[str, ...], tokenizer: Streams | None) -> Iterator[Piece]:
     ids, held = answer.tokens(), ""
     for text in tokenizer.pieces(ids) if tokenizer is not None else ("" for _ in ids):
         held += text
-        place = _find(held, stops)
+        place = answers.find(held, stops)
         if place >= 0:
             yield answer.piece(held[:place], "stop")
             return

@@ -31,7 +31,6 @@ from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.decode import Requests, State
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.sampler import sample_token
 
 
 @dataclass(frozen=True)
@@ -254,13 +253,4 @@ def _logits(cfg: ModelConfig, params: Params, state: State) -> jax.Array:
 @jax.jit
 def _sample(r: Requests, state: State, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What `decode_step` does between the logits and the token."""
-    token = sample_token(
-        jax.vmap(jax.random.fold_in)(r.key, state.n_new),
-        decoding.adjust(logits, r, state),
-        temperature=r.temperature,
-        top_k=r.top_k,
-        top_p=r.top_p,
-        min_p=r.min_p,
-        typical_p=r.typical_p,
-    )
-    return token, jax.nn.logsumexp(logits, axis=-1)
+    return decoding.draw(r, state, logits), jax.nn.logsumexp(logits, axis=-1)

@@ -15,7 +15,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import apply, init
 from jaxlm.sample import prepare
-from jaxlm.sample.beam import Hypothesis, beam_search
+from jaxlm.sample.beam import Hypothesis, beam_search, beam_searches
 
 QUICK_COMPILE = True
 
@@ -141,12 +141,33 @@ def test_one_beam_is_greedy_and_more_find_what_greedy_misses():
     assert [h.tokens for h in others] == [[1, 0], [1, 1], [1, 2]]
 
 
-def test_options_compile_nothing(model, compiled):
+SLOTS = 4
+RAGGED = [PROMPT, [7], list(range(11)), [5, 5], [0, 1, 2, 3, 4], [11]]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_prompts_search_side_by_side_as_if_alone(model, early):
+    """More prompts than slots, ragged; some end long before others."""
+    options = {"n_beams": 4, "n_best": 4, "max_new_tokens": 7, "stop_ids": STOPS[0], "early_stopping": early}
     params = prepare(model.cfg, model.params)
-    run = partial(beam_search, model.cfg, params, n_beams=4)
-    run(PROMPT, max_new_tokens=5, stop_ids=(1, 2))
+    together = beam_searches(model.cfg, params, RAGGED, slots=SLOTS, **options)
+    assert len({tuple(len(h.tokens) for h in found) for found in together}) > 2
+    for prompt, found in zip(RAGGED, together, strict=True):
+        assert [found] == beam_searches(model.cfg, params, [prompt], slots=SLOTS, **options)  # bit for bit
+        alone = beam_search(model.cfg, params, prompt, **options)
+        assert [h.tokens for h in found] == [h.tokens for h in alone]
+        np.testing.assert_allclose([h.score for h in found], [h.score for h in alone], atol=1e-4)
+
+
+def test_compilations_are_bounded(model, compiled):
+    """Neither options nor the lengths that fit in the context of 32, but its two powers of two, 16 and 32."""
+    run = partial(beam_searches, model.cfg, prepare(model.cfg, model.params), n_beams=4, slots=SLOTS)
     before = compiled.count("_search")
-    run([5], max_new_tokens=9, stop_ids=(4, 3), length_penalty=2, early_stopping=True, n_best=3)
+    run([PROMPT, [5] * 17], max_new_tokens=5, stop_ids=(1, 2))
+    assert compiled.count("_search") - before <= 2
+    before = compiled.count("_search")
+    run([[5]], max_new_tokens=9, stop_ids=(4, 3), length_penalty=2, early_stopping=True, n_best=3)
+    run([[n % 12] * n for n in range(1, 28)], max_new_tokens=4, stop_ids=(7, 8))
     assert compiled.count("_search") == before
 
 
@@ -174,7 +195,8 @@ def test_a_nan_drops_its_beam_and_a_prompt_of_nan_is_an_error():
         ({"prompt": []}, "is empty"),
         ({"prompt": [99]}, "99 is outside the vocabulary"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
-        ({"max_new_tokens": 30}, "exceed the model's context of 32"),
+        ({"max_new_tokens": 30}, "exceed the model's context of 32; shorten one of them, or pass overflow='crop'"),
+        ({"overflow": "slide"}, "overflow: must be refuse or crop, found 'slide'"),
     ],
 )
 def test_bad_input_is_one_clear_error(change, message):

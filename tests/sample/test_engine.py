@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
-from jaxlm.model import init
 from jaxlm.sample import Sampling, engine, generate, prepare
 from jaxlm.sample.engine import Request
 from jaxlm.sample.serve import serve
@@ -23,7 +21,9 @@ CFG = ModelConfig(
     vocab_size=V, n_layers=1, d_model=256, n_heads=4, n_kv_heads=2, max_seq_len=64, tie_embeddings=False, embed_mix=2,
     key_offset=True,
 )  # fmt: skip
-SLOTS, CAPACITY, ROOM = 4, 48, 16
+# One shape for all tests. The capacity is the context, so that windows may slide.
+SLOTS, CAPACITY, ROOM, TOP = 4, 64, 16, 2
+SHAPE = {"slots": SLOTS, "capacity": CAPACITY, "n_new": ROOM}
 
 
 class Letters:
@@ -35,10 +35,20 @@ class Letters:
         return "".join(chr(ord("a") + i) for i in ids)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def counted(compiled):
+    """counted() -> compilations of the engine's functions since the first of these tests."""
+
+    def now():
+        return {name: compiled.count(name) for name in ("step", "_insert", "_free")}
+
+    before = now()
+    return lambda: {name: n - before[name] for name, n in now().items()}
+
+
 @pytest.fixture(scope="module")
-def params():
-    scaled = jax.jit(lambda key: jax.tree.map(lambda w: w * 2, init(CFG, key)))(jax.random.key(0))
-    return prepare(CFG, scaled)
+def params(random_params):
+    return prepare(CFG, random_params(CFG, 0.04))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,28 @@ def requests():
 
 
 def run(params, requests, **more):
-    return dict(serve(CFG, params, requests, **{"slots": SLOTS, "capacity": CAPACITY, "n_new": ROOM, **more}))
+    return dict(serve(CFG, params, requests, **{**SHAPE, "top_log_probs": TOP, **more}))
+
+
+def engine_of(params):
+    return engine.init(CFG, params, **SHAPE, n_top=TOP)
+
+
+def generated(params, requests, **more):
+    return generate(
+        CFG, params, [r.prompt for r in requests], sampling=[r.sampling for r in requests],
+        max_new_tokens=[r.max_new_tokens for r in requests], stop_ids=(50, 51), slots=SLOTS, top_log_probs=TOP, **more,
+    )  # fmt: skip
+
+
+def assert_same(answers, want):
+    """The same tokens, and the same log-probabilities but for rounding."""
+    assert sorted(answers) == list(range(len(want)))
+    for i, expected in enumerate(want):
+        got = answers[i]
+        assert (got.tokens, got.text, got.finish_reason) == (expected.tokens, expected.text, expected.finish_reason)
+        np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-4)
+        np.testing.assert_allclose(got.top_log_probs, expected.top_log_probs, atol=1e-4)  # ids, too
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +99,46 @@ def answers(params, requests):
 
 
 def test_answers_are_those_of_generate(params, requests, answers):
-    want = generate(
-        CFG, params, [r.prompt for r in requests], sampling=[r.sampling for r in requests],
-        max_new_tokens=[r.max_new_tokens for r in requests], stop_ids=(50, 51), slots=SLOTS,
-    )  # fmt: skip
+    want = generated(params, requests)
     assert len(answers) == len(requests) > SLOTS
     assert {g.finish_reason for g in want} == {"stop", "length"}
-    for i, expected in enumerate(want):
-        assert (answers[i].tokens, answers[i].finish_reason) == (expected.tokens, expected.finish_reason)
-        np.testing.assert_allclose(answers[i].log_probs, expected.log_probs, atol=1e-4)
+    assert all(len(top) == TOP for top in want[0].top_log_probs)
+    assert_same(answers, want)
 
 
-def test_order_slots_and_neighbours_change_no_bit_and_compile_nothing(params, requests, answers, compiled):
+def test_several_samples_are_those_of_generate(params, requests, answers):
+    want = generated(params, requests[1:4], n=3)
+    got = run(params, requests[1:4], n=3)
+    assert_same(got, want)
+    assert len({str(got[i].tokens) for i in range(9)}) > 6
+    seeded = 2 * 3  # requests[3] has its own seed, so its number does not matter: the first sample is what n = 1 gives
+    assert got[seeded] == answers[3]
+
+
+def test_what_exceeds_the_context_slides_as_in_generate(params, requests):
+    """Windows that slide beside requests that do not, each as in `generate`."""
+    rng = np.random.default_rng(5)
+    long = [Request(rng.integers(0, V, n).tolist(), 16, Sampling(seed=n), stop_ids=(50, 51)) for n in (60, 64, 70, 150)]
+    mixed = [long[0], requests[1], long[1], long[2], requests[2], long[3]]
+    want = generated(params, mixed, overflow="slide")
+    assert max(len(r.prompt) + len(g.tokens) for r, g in zip(mixed[:1], want, strict=False)) > CFG.max_seq_len
+    assert_same(run(params, mixed, overflow="slide"), want)
+    assert_same(dict(serve(CFG, params, mixed, slots=SLOTS, n_new=ROOM, overflow="slide", top_log_probs=TOP)), want)
+
+    state = engine.insert(CFG, params, engine_of(params), 0, long[1], overflow="slide")  # a full window
+    state = engine.step(CFG, params, state, 3)
+    assert state.rows.n_new[0] == 1
+    state = engine.step(CFG, params, state, 3)  # does not move before it is cut
+    assert (int(state.rows.n_new[0]), int(state.rows.cache.length[0])) == (1, 64)
+    state = engine.step(CFG, params, engine.slide(CFG, params, state), 3)
+    assert (int(state.rows.n_new[0]), int(state.rows.cache.length[0])) == (4, 31 + 3)
+
+
+def test_order_slots_and_neighbours_change_no_bit(params, requests, answers):
     """Request i keeps its number, and with it its key; slots and orders are drawn at random."""
-    before = [compiled.count(name) for name in ("step", "_insert", "_free")]
     rng = np.random.default_rng(2)
     for _ in range(3):
-        state = engine.init(CFG, params, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+        state = engine_of(params)
         order, held = rng.permutation(len(requests)).tolist(), {}
         while order or held:
             free = [slot for slot in range(SLOTS) if slot not in held]
@@ -96,11 +150,17 @@ def test_order_slots_and_neighbours_change_no_bit_and_compile_nothing(params, re
             for slot in [slot for slot in held if state.rows.finished[slot]]:
                 assert engine.harvest(state, slot) == answers[held.pop(slot)]
                 state = engine.free(state, slot)
-    assert [compiled.count(name) for name in ("step", "_insert", "_free")] == before
+
+
+def test_compilations_are_bounded(params, counted):
+    """Every length that fits: one step, one insertion for each power of two of the prompt, 16 to 64."""
+    every = [Request([n % V] * n, 1 + n % 2, Sampling(top_k=n, seed=n), stop_ids=(n % 7,)) for n in range(1, 63)]
+    assert len(run(params, every)) == 62
+    assert counted() == {"step": 1, "_insert": 3, "_free": 1}  # in all that this module has run
 
 
 def test_a_step_ends_with_the_first_request_that_does(params, requests):
-    state = engine.init(CFG, params, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    state = engine_of(params)
     for slot, (prompt, n) in enumerate((([1], 9), ([2, 3], 4))):
         state = engine.insert(CFG, params, state, slot, Request(prompt, n, Sampling(temperature=0)))
     state = engine.step(CFG, params, state, 100)
@@ -152,14 +212,14 @@ def test_an_iterator_is_taken_from_as_slots_come_free(params, requests, answers)
             taken.append(i)
             yield request
 
-    out = serve(CFG, params, arriving(), slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    out = serve(CFG, params, arriving(), **SHAPE, top_log_probs=TOP)
     assert taken == []
     first, _ = next(out)
     assert taken == [0, 1, 2, 3]
     assert sorted([first, *(i for i, _ in out)]) == list(range(6))
 
     wrong = iter([requests[0], Request([], 3), requests[1]])
-    out = serve(CFG, params, wrong, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    out = serve(CFG, params, wrong, **SHAPE, top_log_probs=TOP)
     assert next(out) == (0, answers[0])  # answered before the fault is reported
     with pytest.raises(InputError, match="request 1: prompt 0: is empty"):
         next(out)
@@ -177,25 +237,39 @@ def test_a_bigram_has_no_keys_to_copy():
 
 
 def test_bad_use_is_one_clear_error(params):
-    state = engine.init(CFG, params, slots=SLOTS, capacity=CAPACITY, n_new=ROOM)
+    state = engine_of(params)
     state = engine.insert(CFG, params, state, 1, Request([1], 2))
     for slot, request, message in (
         (1, Request([1], 2), "slot: 1 is in use"),
         (4, Request([1], 2), "slot: must be 0 to 3, found 4"),
         (0, Request([], 2), "is empty"),
-        (0, Request([1] * 40, 10), "exceed a slot's capacity of 48"),
+        (0, Request([1] * 60, 10), "exceed the model's context of 64; .* 'slide'"),
         (0, Request([1], 17), "exceeds a slot's room for 16"),
         (0, Request([1], 2, stop_ids=(V,)), f"stop_ids: {V} is outside"),
     ):
         with pytest.raises(InputError, match=message):
             engine.insert(CFG, params, state, slot, request)
+    small = engine.init(CFG, params, slots=1, capacity=48, n_new=ROOM)
+    for length, way, message in (
+        (40, "refuse", "40 tokens and 10 new ones exceed a slot's capacity of 48"),
+        (60, "slide", "its window is to slide, which needs capacity=64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            engine.insert(CFG, params, small, 0, Request([1] * length, 10), overflow=way)
     for slot, message in ((0, "slot: 0 holds no request"), (1, "still runs")):
         with pytest.raises(InputError, match=message):
             engine.harvest(state, slot)
     for sizes, message in (
         ({"slots": 0}, "slots: must be at least 1"),
         ({"capacity": 65}, "capacity: must be at most the model's context of 64"),
-        ({"requests": [Request([1], 2), Request([1] * 47, 2)]}, "prompt 1: .* exceed a slot's capacity"),
+        (
+            {"requests": [Request([1], 2), Request([1] * 47, 2)], "capacity": 48},
+            "prompt 1: .* exceed a slot's capacity",
+        ),
+        ({"requests": [Request([1] * 60, 9)], "capacity": 48, "overflow": "slide"}, "prompt 0: its window is to slide"),
+        ({"top_log_probs": V + 1}, "top_log_probs: must be between 0 and 60"),
+        ({"n": 0}, "n: must be at least 1"),
+        ({"overflow": "wrap"}, "overflow: must be refuse, crop or slide"),
         ({"requests": [Request([1], 2, stop=("a",))]}, "stop strings need a tokenizer"),
         ({"requests": [Request([1], 2, stop=("",))], "tokenizer": Letters()}, "a stop string is empty"),
         ({"requests": iter([Request([1], 2)]), "capacity": None}, "capacity: say how many"),

@@ -20,7 +20,7 @@ QUICK_COMPILE = True
 
 # One shape of model, batch and answer for all tests, so that few programs are compiled. Caches must carry token ids,
 # and keys that lie one place on, through guesses that are taken back.
-V, N_DRAFT, SLOTS = 6, 2, 2048
+V, N_DRAFT, SLOTS, TOP = 6, 2, 2048, 2
 CFG = ModelConfig(
     vocab_size=V, n_layers=1, d_model=16, n_heads=2, max_seq_len=64, tie_embeddings=False, embed_mix=2, key_offset=True
 )
@@ -55,26 +55,50 @@ def guesser(by, weights):
 
 
 def speculated(weights, prompts, by, **more):
-    run = {"max_new_tokens": 16, "slots": SLOTS, "n_draft": N_DRAFT, **more}
+    run = {"max_new_tokens": 16, "slots": SLOTS, "n_draft": N_DRAFT, "top_log_probs": TOP, **more}
     return speculate(CFG, weights[0], prompts, draft=guesser(by, weights), **run)
 
 
 def generated(weights, prompts, **more):
-    return generate(CFG, weights[0], prompts, **{"max_new_tokens": 16, "slots": SLOTS, **more})
+    return generate(CFG, weights[0], prompts, **{"max_new_tokens": 16, "slots": SLOTS, "top_log_probs": TOP, **more})
+
+
+class Letters:
+    vocab_size = V
+
+    def decode(self, ids):
+        return "".join("abcdef"[i] for i in ids)
+
+
+def assert_same(got, wanted):
+    """The same answers, but for the rounding of log-probabilities."""
+    for mine, want in zip(got, wanted, strict=True):
+        assert (mine.tokens, mine.text, mine.finish_reason) == (want.tokens, want.text, want.finish_reason)
+        np.testing.assert_allclose(mine.log_probs, want.log_probs, atol=1e-4)
+        np.testing.assert_allclose(mine.top_log_probs, want.top_log_probs, atol=1e-4)  # ids, too
 
 
 def test_lookup_gives_the_tokens_of_generate_under_any_options(weights, prompts):
     run = {"sampling": OPTIONS * 10, "max_new_tokens": [5 + i % 12 for i in range(60)], "stop_ids": (3,)}
+    run["n"] = 2
     wanted = generated(weights, prompts, **run)
     got = speculated(weights, prompts, "lookup", **run)
     assert {g.finish_reason for g in wanted} == {"stop", "length"}
-    for mine, want in zip(got.generations, wanted, strict=True):
-        assert (mine.tokens, mine.finish_reason) == (want.tokens, want.finish_reason)
-        np.testing.assert_allclose(mine.log_probs, want.log_probs, atol=1e-4)
+    assert all(len(top) == TOP for top in wanted[0].top_log_probs)
+    assert_same(got.generations, wanted)
     assert 0 < got.accepted < got.proposed
     # Every pass gives one token of the target's own, except where an end comes with a guess.
     n = sum(len(g.tokens) for g in got.generations)
-    assert n - got.accepted <= got.rounds <= n - got.accepted + len(prompts)
+    assert n - got.accepted <= got.rounds <= n - got.accepted + len(wanted)
+
+
+def test_stop_strings_end_answers_as_in_generate(weights, prompts):
+    run = {"sampling": OPTIONS * 10, "stop": ("ab", "fcf", "dd"), "tokenizer": Letters()}
+    wanted = generated(weights, prompts, **run)
+    assert {g.finish_reason for g in wanted} == {"stop", "length", "error"}  # no pair of tokens is left to one
+    assert_same(speculated(weights, prompts, "lookup", **run).generations, wanted)
+    greedy = run | {"sampling": Sampling(temperature=0)}
+    assert_same(speculated(weights, prompts, "draft", **greedy).generations, generated(weights, prompts, **greedy))
 
 
 def test_a_draft_model_leaves_greedy_answers_as_they_are(weights, prompts):
@@ -171,6 +195,10 @@ def test_a_draft_that_knows_nothing_makes_no_guess(weights):
         ({"slots": 0}, "slots: must be at least 1"),
         ({"prompts": [[]]}, "prompt 0: is empty"),
         ({"stop_ids": (99,)}, "stop_ids: 99 is outside"),
+        ({"stop": "a"}, "stop strings need a tokenizer"),
+        ({"n": 0}, "n: must be at least 1"),
+        ({"top_log_probs": 7}, "top_log_probs: must be between 0 and 6"),
+        ({"overflow": "slide"}, "overflow: must be refuse or crop, found 'slide'; only generate, stream and serve can"),
         ({"draft": (CFG.replace(vocab_size=9), {})}, "draft: its vocabulary of 9 tokens is not the model's of 6"),
         ({"draft": (CFG.replace(max_seq_len=8), {})}, "draft: its context of 8 tokens is below the 13"),
     ],

@@ -120,6 +120,7 @@ def test_stop_ids_errors_and_no_tokenizer(letters, bytewise):
     start, c = bytewise.encode("a"), bytewise.encode("c")[0]
     bare = list(stream(CFG, letters, start, sampling=Sampling(seed=4), max_new_tokens=14))
     assert [len(piece.tokens) for piece in bare] == [1] * 14 + [0]
+    assert {piece.top_log_probs for piece in bare} == {None}
     (answer,) = generate(CFG, letters, [start], sampling=Sampling(seed=4), max_new_tokens=14)
     assert together(bare) == (answer.tokens, "", answer.log_probs, "length")
     assert c in answer.tokens[1:]
@@ -139,10 +140,13 @@ def test_a_sliding_transformer_streams_with_the_programs_of_generate(random_para
     cfg = ModelConfig(vocab_size=26, n_layers=1, d_model=16, n_heads=2, max_seq_len=16)
     params, tokenizer = random_params(cfg), tokenizers.char("abcdefghijklmnopqrstuvwxyz")
     options = {"sampling": Sampling(typical_p=0.8), "key": jax.random.key(3), "tokenizer": tokenizer}
-    options |= {"max_new_tokens": 30, "overflow": "slide"}
+    options |= {"max_new_tokens": 30, "overflow": "slide", "top_log_probs": 2}
     (answer,) = generate(cfg, params, [[1, 2, 3]], **options)
     before = compiled.count("prefill"), compiled.count("decode")
-    assert together(stream(cfg, params, [1, 2, 3], **options)) == whole(answer)
+    pieces = list(stream(cfg, params, [1, 2, 3], **options))
+    assert together(pieces) == whole(answer)
+    assert [list(top) for piece in pieces for top in piece.top_log_probs] == answer.top_log_probs
+    assert len(answer.top_log_probs[0]) == 2
     assert (compiled.count("prefill"), compiled.count("decode")) == before
 
 
@@ -153,6 +157,7 @@ def test_bad_input_is_reported_at_the_call(bytewise):
         ({"stop": ""}, "a stop string is empty"),
         ({"stop": "x", "tokenizer": None}, "need a tokenizer"),
         ({"max_new_tokens": CFG.max_seq_len}, "exceed the model's context"),
+        ({"top_log_probs": 258}, "top_log_probs: must be between 0 and 257"),
     ):
         options = {"prompt": [0], "max_new_tokens": 3, "tokenizer": bytewise, **change}
         with pytest.raises(InputError, match=message):
