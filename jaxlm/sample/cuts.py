@@ -213,7 +213,8 @@ def most_likely(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     batch, vocab = x.shape
     groups = -(-vocab // _GROUP)
     if vocab < _GROUPED_FROM or groups < width:
-        return tuple(lax.top_k(x, width))
+        largest, place = lax.top_k(x, width)
+        return largest, place
     # Group g has the entries g, g + groups, ...: their maximum runs along whole vectors.
     grid = jnp.pad(x, ((0, 0), (0, groups * _GROUP - vocab)), constant_values=-jnp.inf)
     _, group = lax.top_k(grid.reshape(batch, _GROUP, groups).max(1), width)

@@ -252,10 +252,10 @@ def test_until_takes_what_a_stage_needs():
 
 
 GOLDEN = {
-    "download": "ee2ff22cd381",
-    "tokenize": "6d0b3b2bc4c1",
-    "tokenize_sft": "4d9b011d17fa",
-    "pretrain": "572357ad9987",
-    "sft": "41baa6af6a77",
-    "evaluate": "6a857e78aa86",
+    "download": "3a275f22d0ce",
+    "tokenize": "6dd362021974",
+    "tokenize_sft": "3c61dd6d2037",
+    "pretrain": "8a590d120a74",
+    "sft": "4def5028f2fb",
+    "evaluate": "e5b78c7f01e7",
 }
