@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import cyclopts
 from cyclopts import Parameter
 
-from jaxlm import __version__, cli_models
+from jaxlm import __version__, cli_flows, cli_models, cli_playground, cli_runs
 from jaxlm.errors import InputError, JaxlmError, Preempted
 
 app = cyclopts.App(
@@ -20,7 +20,8 @@ app = cyclopts.App(
     result_action="return_value",
 )
 
-cli_models.register(app)
+for group in (cli_flows, cli_models, cli_playground, cli_runs):
+    group.register(app)
 
 Set = Annotated[
     list[str] | None, Parameter(name="--set", help="replace a setting, e.g. --set train.steps=500", negative="")
@@ -70,20 +71,6 @@ def _chain(config: str, overrides: list[str] | None, root: Path, *, last: str) -
 
     cfg = load(config, tuple(overrides or []))
     run_chain(cfg if str(root) == "." else cfg.replace(root=str(root)), last=last, config_name=config)
-
-
-@app.command
-def verify(run: str, /, *, root: Root = Path(".")) -> None:
-    """Check every digest of a run, its stages and its checkpoints; name what is damaged."""
-    from jaxlm.stages import runs, store
-    from jaxlm.stages.runner import say
-
-    place = runs.resolve(run, root)
-    stages = list(runs.stages_of(place).values()) if (place / "run.json").is_file() else [place]
-    damage = [f"{stage}: {line}" for stage in stages for line in store.verify(stage)]
-    if damage:
-        raise InputError("; ".join(damage))
-    say(f"{place}: {len(stages)} stages, every file as it was written")
 
 
 @app.command

@@ -124,6 +124,8 @@ class _Answer:
     def piece(self, text: str, reason: Reason | None = None) -> Piece:
         """A piece with all tokens that came since the last one."""
         row, new = self._row, slice(self._told, self._out)
+        if row is None:  # a tokenizer may begin with text of its own, such as the prompt
+            return Piece(text, (), (), reason, None)
         self._told = self._out
         tops = answers.tops(row.top_tokens[new], row.top_log_probs[new])
         return Piece(

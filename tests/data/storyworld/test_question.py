@@ -28,7 +28,8 @@ def _facts(story: str) -> dict[str, dict[str, str]]:
         if found := re.match(r"A (\w+) belonged to (\w+); the (\w+) first looked (\w+)\.$", text):
             assert found[1] == found[3]
             holder[found[1]], colour[found[1]] = found[2], found[4]
-        gave = r"\w+ (?:gave|sent|passed|handed) the (\w+) (?:away|off|over|on) to (\w+); \2 (?:gladly|soon) took the \1\.$"
+        gave = r"\w+ (?:gave|sent|passed|handed) the (\w+) (?:away|off|over|on) to (\w+); "
+        gave += r"\2 (?:gladly|soon) took the \1\.$"
         if found := re.match(gave, text):
             holder[found[1]], got[found[2]] = found[2], found[1]
         if found := re.match(r"Thanks to \w+ the (\w+) now looked (\w+)\.$", text):

@@ -206,8 +206,9 @@ def test_no_text_at_all_is_refused() -> None:
 def test_pronouns_stand_for_the_last_subject_only() -> None:
     world = WORLDS["rich"]
     opening = (
-        "That day the weather first looked sunny. Anna lived in the garden. A lamp belonged to Anna; the lamp first looked red. "
-        "Ben lived in the barn. A hat belonged to Ben; the hat first looked blue. Clara lived in the mill. "
+        "That day the weather first looked sunny. Anna lived in the garden. "
+        "A lamp belonged to Anna; the lamp first looked red. Ben lived in the barn. "
+        "A hat belonged to Ben; the hat first looked blue. Clara lived in the mill. "
         "A kite belonged to Clara; the kite first looked green. Leo lived in the cave."
     )
     state = State()
