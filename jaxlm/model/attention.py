@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # Finite, so that a row with nothing to attend to gives a mean and not NaN.
 MASKED = -1e30
@@ -40,5 +41,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     kv = k.shape[1]
     grouped = (q * h**-0.5).reshape(b, kv, heads // kv, t, h)
     scores = jnp.einsum("bkgth,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+    probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
+    probs = checkpoint_name(probs, "blocks.attention.probs").astype(v.dtype)
     return jnp.einsum("bkgts,bksh->bkgth", probs, v).reshape(b, heads, t, h)

@@ -2,6 +2,8 @@
 
 Logical axes name what a dimension is (`embed`, `heads`, `kv`, `mlp`, `vocab`), so that a sharding-rules table can place
 every weight without knowing the layers. Nothing outside `jaxlm.model` holds one of these modules.
+
+`checkpoint_name` marks the values that `jaxlm.analysis.capture` hands out. It computes nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import cache as kv_cache
@@ -148,7 +151,8 @@ class Attention(nn.Module):
             before = jnp.pad(k, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :t]
             k = jnp.where(ctx.linked[:, None, :, None], before, 0)
         with jax.named_scope("attend"):
-            y = attend(q, k, v, ctx.mask)
+            q, k, v = (checkpoint_name(x, f"blocks.attention.{name}") for x, name in ((q, "q"), (k, "k"), (v, "v")))
+            y = checkpoint_name(attend(q, k, v, ctx.mask), "blocks.attention.heads")
         self.sow("intermediates", "out", y)
         y = y.swapaxes(1, 2).reshape(b, t, heads * h)
         init = matrix_init(cfg, heads * h, output=True)
@@ -177,6 +181,7 @@ class Mlp(nn.Module):
             case "swiglu":  # Shazeer (arXiv 2002.05202)
                 gate = Linear(cfg.ff, ("embed", "mlp"), matrix_init(cfg, d), cfg.mlp_bias, name="gate")(x)
                 y = jax.nn.silu(gate) * up
+        y = checkpoint_name(y, "blocks.mlp.hidden")
         init = matrix_init(cfg, cfg.ff, output=True)
         return Linear(d, ("mlp", "embed"), init, cfg.mlp_bias, name="down")(y)
 
@@ -197,10 +202,10 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             y, cached = Attention(cfg, name="attn")(norm1(x) if pre else x, ctx, cached)
-            x = x + dropout(y, cfg.dropout, keys[0])
-            x = x if pre else norm1(x)
+            x = x + dropout(checkpoint_name(y, "blocks.attention.out"), cfg.dropout, keys[0])
+            x = checkpoint_name(x if pre else norm1(x), "blocks.mid")
         with jax.named_scope("mlp"):
             y = Mlp(cfg, name="mlp")(norm2(x) if pre else x)
-            x = x + dropout(y, cfg.dropout, keys[1])
-            x = x if pre else norm2(x)
+            x = x + dropout(checkpoint_name(y, "blocks.mlp.out"), cfg.dropout, keys[1])
+            x = checkpoint_name(x if pre else norm2(x), "blocks.out")
         return x, cached

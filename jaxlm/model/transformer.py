@@ -17,6 +17,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig, TrainConfig
 from jaxlm.model.attention import cache_mask, training_mask
@@ -170,6 +171,7 @@ def forward(
 
     with jax.named_scope("embed"):
         x, history = _embed(cfg, params, tokens, positions, segment_ids, cache)
+        x = checkpoint_name(x, "embed")
     layer_keys: list[jax.Array] | None = None
     if dropout_key is not None and cfg.dropout > 0:
         embed_key, *layer_keys = jax.random.split(dropout_key, cfg.n_layers + 1)
@@ -181,11 +183,17 @@ def forward(
     ctx = Context(mask, rotary, linked, None if cache is None else cache.length, None)
     x, cache = _blocks(cfg, params["blocks"], x, ctx, cache, layer_keys)
     cache = None if cache is None else cache._replace(tokens=history)
-    if cfg.final_norm:
-        with jax.named_scope("final_norm"):
-            norm = Norm(cfg.norm, cfg.norm_eps, cfg.norm_scale, cfg.norm_bias)
-            x = cast(jax.Array, norm.apply({"params": params.get("final_norm", {})}, x))
-    return x, cache
+    return normalized(cfg, params, x), cache
+
+
+def normalized(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """The residual stream [..., D] as the head reads it: after the final norm, where the model has one."""
+    if not cfg.final_norm:
+        return x
+    with jax.named_scope("final_norm"):
+        norm = Norm(cfg.norm, cfg.norm_eps, cfg.norm_scale, cfg.norm_bias)
+        x = cast(jax.Array, norm.apply({"params": params.get("final_norm", {})}, x))
+        return checkpoint_name(x, "final_norm")
 
 
 def _embed(
@@ -325,4 +333,4 @@ def apply(
 ) -> jax.Array:
     """Next-token logits: int32[B, T] -> float32[B, T, V]. Arguments as in `forward`."""
     hidden, _ = forward(cfg, params, tokens, positions=positions, segment_ids=segment_ids)
-    return unembed(cfg, params, hidden)
+    return checkpoint_name(unembed(cfg, params, hidden), "logits")

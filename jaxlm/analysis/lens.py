@@ -1,0 +1,85 @@
+"""The logit lens: what the model would predict if it ended after each block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.analysis.capture import capture, select
+from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
+from jaxlm.model import Params, unembed
+from jaxlm.model.transformer import normalized
+
+LAYERS = ("embed", "blocks.*.out")  # the residual stream, from the embedding to the last block
+
+
+class LensSummary(NamedTuple):
+    """One number per place of the stream (L + 1: the embedding, then after each block).
+
+    Attributes:
+        nats: float32[L + 1], mean negative log-probability of the targets.
+        agreement: float32[L + 1], share of tokens whose likeliest next token is the model's own.
+        divergence: float32[L + 1], mean Kullback-Leibler divergence of the prediction from the model's own; nats.
+    """
+
+    nats: jax.Array
+    agreement: jax.Array
+    divergence: jax.Array
+
+
+def logit_lens(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Log-probabilities of the next token read off the residual stream by the model's own final norm and head.
+
+    Args:
+        cfg: a model with blocks.
+        params: its parameters.
+        tokens: int32[B, T].
+        positions: as for `jaxlm.forward`.
+        segment_ids: as for `jaxlm.forward`.
+
+    Returns:
+        float32[L + 1, B, T, V]: after the embedding, then after each block; the last is the model's own prediction.
+        At large V that is much memory: pass few tokens.
+
+    Raises:
+        InputError: a bigram table, which has no stream.
+
+    Source: nostalgebraist, interpreting GPT: the logit lens (2020).
+    """
+    if cfg.kind == "bigram":
+        raise InputError("logit_lens: a bigram table has no layers to look into; use a transformer.")
+    stream = capture(cfg, params, tokens, select(cfg, LAYERS), positions=positions, segment_ids=segment_ids)
+    x = jnp.stack(list(stream.values()))
+    return jax.nn.log_softmax(unembed(cfg, params, normalized(cfg, params, x)), axis=-1)
+
+
+def lens_summary(log_probs: jax.Array, targets: jax.Array, mask: jax.Array | None = None) -> LensSummary:
+    """How good each place's prediction is, and how close to the last one's.
+
+    Args:
+        log_probs: [L + 1, B, T, V] from `logit_lens`.
+        targets: int32[B, T], the tokens that came next.
+        mask: [B, T], 1 where the target counts; by default everywhere.
+    """
+    weight = jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    own = log_probs[-1]
+
+    def mean(values: jax.Array) -> jax.Array:
+        return (values * weight).sum((-2, -1)) / jnp.maximum(weight.sum(), 1.0)
+
+    chosen = jnp.take_along_axis(log_probs, jnp.broadcast_to(targets[None, ..., None], (*log_probs.shape[:-1], 1)), -1)
+    return LensSummary(
+        nats=-mean(chosen[..., 0]),
+        agreement=mean((log_probs.argmax(-1) == own.argmax(-1)).astype(jnp.float32)),
+        divergence=mean((jnp.exp(own) * (own - log_probs)).sum(-1)),
+    )

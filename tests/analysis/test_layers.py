@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxlm import analysis
+from jaxlm.errors import InputError
+
+pytest.importorskip("sklearn", reason="needs the extra `analysis`")
+QUICK_COMPILE = True
+
+
+def test_labels_are_tokens_some_places_on():
+    tokens = np.array([[1, 2, 3], [4, 5, 6]])
+    found = analysis.token_labels(tokens, {"input": 0, "next": 1, "two back": -2, "far": 9})
+    assert found["input"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert found["next"].tolist() == [[2, 3, -1], [5, 6, -1]]
+    assert found["two back"].tolist() == [[-1, -1, 1], [-1, -1, 4]]
+    assert found["far"].tolist() == [[-1] * 3] * 2
+    assert list(analysis.token_labels(tokens)) == ["input", "next"]
+
+
+def test_embeddings_know_their_own_token_and_no_other(models, weights):
+    """Independent uniform tokens: the input's entropy is log 11, and nothing tells the next one."""
+    cfg = models["gpt2"].replace(d_model=32, max_seq_len=8)
+    tokens = np.random.default_rng(0).integers(0, 11, (300, 8))
+    found = analysis.information_by_layer(cfg, weights(cfg), tokens, max_samples=1500)
+    assert found.names == ("embed", "blocks.0.out", "blocks.1.out")
+    assert found.entropy["input"] == pytest.approx(math.log(11), rel=0.02)
+    assert found.nats["input"][0] == pytest.approx(math.log(11), rel=0.05)
+    assert (np.abs(found.nats["next"]) < 0.15).all()
+    assert (found.standard_error["input"] < 0.1).all()
+
+
+def test_attention_brings_what_came_before(models, weights):
+    cfg = models["nano"]
+    params = weights(cfg)
+    tokens = np.random.default_rng(0).integers(0, 11, (300, 8))
+    labels = analysis.token_labels(tokens, {"previous": -1})
+    plain = {**params, "embed": {**params["embed"], "mix": 0 * params["embed"]["mix"]}}
+    found = analysis.information_by_layer(
+        cfg, plain, tokens, labels=labels, names=("embed", "blocks.0.attention.out"), max_samples=1500
+    )
+    before, after = found.nats["previous"]
+    assert before < 0.05
+    assert after > 0.15
+
+
+def test_activations_that_are_not_by_place_are_refused(models, weights, tokens):
+    with pytest.raises(InputError, match=r"attention\.probs has shape"):
+        analysis.information_by_layer(models["gpt2"], weights(models["gpt2"]), tokens, names="blocks.0.attention.probs")
+
+
+def test_labels_of_another_shape_are_refused(models, weights, tokens):
+    with pytest.raises(InputError, match=r"labels\['kind'\].*\(2, 6\), found \(2, 5\)"):
+        analysis.information_by_layer(
+            models["gpt2"], weights(models["gpt2"]), tokens, labels={"kind": tokens[:, 1:]}, names="embed"
+        )

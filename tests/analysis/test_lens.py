@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import analysis
+from jaxlm.errors import InputError
+from jaxlm.presets import preset
+
+QUICK_COMPILE = True
+
+lens = jax.jit(analysis.logit_lens)
+summary = jax.jit(analysis.lens_summary)
+
+
+def test_the_last_place_is_the_models_own_prediction(cfg, weights, tokens):
+    got = lens(cfg, weights(cfg), tokens)
+    assert got.shape == (3, 2, 6, 11)
+    assert got.dtype == jnp.float32
+    expected = jax.nn.log_softmax(jax.jit(jaxlm.apply)(cfg, weights(cfg), tokens))
+    np.testing.assert_allclose(got[-1], expected, atol=2e-5)
+    np.testing.assert_allclose(np.exp(got).sum(-1), 1, atol=1e-5)
+    assert np.abs(got[0] - got[-1]).max() > 0.1  # the blocks do something
+
+
+def test_blocks_that_add_nothing_change_no_prediction(models, weights, tokens):
+    cfg = models["gpt2"]
+    params = weights(cfg)
+    zero = jax.tree.map(jnp.zeros_like, {"o": params["blocks"]["attn"]["o"], "down": params["blocks"]["mlp"]["down"]})
+    attn, mlp = {**params["blocks"]["attn"], "o": zero["o"]}, {**params["blocks"]["mlp"], "down": zero["down"]}
+    idle = {**params, "blocks": {**params["blocks"], "attn": attn, "mlp": mlp}}
+    got = np.asarray(lens(cfg, idle, tokens))
+    np.testing.assert_allclose(got[0], got[2], atol=1e-6)
+
+
+def test_segments_are_kept_apart(models, weights, tokens):
+    cfg = models["gpt2"]
+    segments = np.array([[1, 1, 1, 2, 2, 2]] * 2, np.int32)
+    positions = np.array([[0, 1, 2, 0, 1, 2]] * 2, np.int32)
+    both = lens(cfg, weights(cfg), tokens, segment_ids=segments, positions=positions)
+    alone = lens(cfg, weights(cfg), tokens[:, 3:])
+    np.testing.assert_allclose(both[:, :, 3:], alone, atol=2e-5)
+
+
+def test_the_summary_by_hand():
+    # Two places of the stream, one text of two tokens, two next tokens possible.
+    probs = np.array([[[[0.5, 0.5], [0.9, 0.1]]], [[[0.2, 0.8], [0.75, 0.25]]]], np.float32)
+    found = summary(np.log(probs), jnp.array([[1, 0]]))
+    np.testing.assert_allclose(
+        found.nats, [-(math.log(0.5) + math.log(0.9)) / 2, -(math.log(0.8) + math.log(0.75)) / 2], rtol=1e-6
+    )
+    np.testing.assert_allclose(found.agreement, [0.5, 1.0])  # at 0.5 / 0.5 the first counts, and it is not the model's
+    first = 0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5)
+    second = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
+    np.testing.assert_allclose(found.divergence, [(first + second) / 2, 0], atol=1e-6)
+    masked = summary(np.log(probs), jnp.array([[1, 0]]), jnp.array([[0, 1]]))
+    np.testing.assert_allclose(masked.nats, [-math.log(0.9), -math.log(0.75)], rtol=1e-6)
+
+
+def test_a_bigram_table_has_no_lens(weights, tokens):
+    cfg = preset("bigram", vocab_size=11)
+    with pytest.raises(InputError, match="no layers"):
+        analysis.logit_lens(cfg, weights(cfg), tokens)
