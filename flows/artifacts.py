@@ -1,10 +1,11 @@
-"""What a flow shows in Prefect while it runs: progress, a table of metrics, the report.
+"""What a flow shows in Prefect while it runs: progress, metrics, the loss curve, a sample, and then the report.
 
-An artifact that cannot be written is left out: the API may be away, and a training does not fail for that.
+An artifact that cannot be written is left out: the API may be away, and a training does not fail, or wait, for that.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -12,11 +13,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
+from flows import server
+from flows.curve import loss_svg
 from jaxlm.stages.spec import Spec
 
 PROGRESS_SECONDS = 2.0  # between two updates of a progress artifact
+CURVE_SECONDS = 30.0  # between two drawings of the curve, where no evaluation asks for one
 AWAY_SECONDS = 60.0  # without a try, after one has failed
 MAX_MARKDOWN = 200_000  # characters
 
@@ -34,33 +43,41 @@ class StageArtifacts:
 
     def __init__(self, run: str, spec: Spec) -> None:
         self._names = (run, spec.stage)
+        self._title = f"{spec.stage} of {run}"
         self._steps = total_steps(spec)
         self._rows: dict[int, dict[str, Any]] = {}
         self._progress: UUID | None = None
-        self._next_progress = 0.0
+        self._next_progress = self._next_curve = 0.0
         self._away_until = 0.0
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Takes one record; at most a few calls of the API come of it."""
         step = record.get("step")
-        if not isinstance(step, int) or record.get("split") not in ("train", "val"):
+        if not isinstance(step, int):
+            return
+        if record.get("event") == "sample":
+            self.sample(step, str(record.get("text", "")))
+        if record.get("split") not in ("train", "val"):
             return
         row = self._rows.setdefault(step, {"step": step})
         if record["split"] == "val":
             row["val_loss"] = record.get("loss")
             self.table()
+            self.curve()
         else:
             row |= {name: record[name] for name in COLUMNS if name in record}
-        if self._steps and time.monotonic() >= self._next_progress:
-            self._next_progress = time.monotonic() + PROGRESS_SECONDS
+        now = time.monotonic()
+        if self._steps and now >= self._next_progress:
+            self._next_progress = now + PROGRESS_SECONDS
             self.progress(100.0 * min(step, self._steps) / self._steps)
+        if len(self._rows) > 1 and now >= self._next_curve:
+            self.curve()
 
     def progress(self, percent: float) -> None:
         """Sets the progress artifact, which is made at the first call."""
         if self._progress is None:
-            about = f"{self._names[1]} of {self._names[0]}"
             made = self._safely(
-                lambda: create_progress_artifact(percent, key=key(*self._names, "progress"), description=about)
+                lambda: create_progress_artifact(percent, key=key(*self._names, "progress"), description=self._title)
             )
             self._progress = made if isinstance(made, UUID) else None
         else:
@@ -70,8 +87,26 @@ class StageArtifacts:
     def table(self) -> None:
         """Writes the table of the steps that were evaluated."""
         rows = [row for _, row in sorted(self._rows.items()) if "val_loss" in row]
-        text = f"# {self._names[1]} of {self._names[0]}\n\n{table(rows)}"
-        self._safely(lambda: create_markdown_artifact(text, key=key(*self._names, "metrics")))
+        cells = [{name: text(row.get(name)) for name in columns(rows)} for row in rows]
+        self._safely(
+            lambda: create_table_artifact(cells, key=key(*self._names, "metrics"), description=f"# {self._title}")
+        )
+
+    def curve(self) -> None:
+        """Draws training and validation loss by step."""
+        self._next_curve = time.monotonic() + CURVE_SECONDS
+        drawing = loss_svg([row for _, row in sorted(self._rows.items())])
+        if not drawing:
+            return
+        image = base64.b64encode(drawing.encode()).decode()
+        page = f"# {self._title}\n\n![loss by step](data:image/svg+xml;base64,{image})\n"
+        self._safely(lambda: create_markdown_artifact(page, key=key(*self._names, "loss")))
+
+    def sample(self, step: int, written: str) -> None:
+        """Shows what the model writes after a step."""
+        quoted = "\n".join(f"    {line}" for line in written.splitlines())  # a code block, whatever the model wrote
+        page = f"# {self._title}\n\nAfter step {step}:\n\n{quoted}\n"
+        self._safely(lambda: create_markdown_artifact(page[:MAX_MARKDOWN], key=key(*self._names, "sample")))
 
     def finished(self) -> None:
         """The last word of a stage that is done."""
@@ -90,6 +125,8 @@ class StageArtifacts:
         if time.monotonic() < self._away_until:
             return None
         try:
+            if server.away():  # asked first: a call would be tried again and again while the stage is waiting
+                raise ConnectionError
             return call()
         except Exception:
             self._away_until = time.monotonic() + AWAY_SECONDS
@@ -103,15 +140,15 @@ def total_steps(spec: Spec) -> int:
     return int(train.get("steps", 0))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of metrics."""
-    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    lines = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
-    lines += [f"| {' | '.join(_text(row.get(name)) for name in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+def columns(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns that have a value in one of the rows."""
+    return [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A figure for people."""
     if value is None:
         return ""
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

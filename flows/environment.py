@@ -15,6 +15,10 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_LEVEL": "WARNING",
+    # A request to a server that is away is tried again after 2, 4 and 8 s. Prefect's own five tries take a minute, for
+    # each of the requests and events that have gathered: a flow then ends minutes after its work. Whether the server
+    # comes back is waited for once, at the end (`flows.server.wait_until_back`).
+    "PREFECT_CLIENT_MAX_RETRIES": "3",
 }
 
 # Whether the level of Prefect's logs on the terminal is ours to choose.

@@ -1,8 +1,11 @@
-"""No Prefect server is left behind.
+"""No Prefect server is left behind, and none that dies stops a run.
 
 With no server configured Prefect starts one of its own and stops it when Python exits, which does not happen when the
 process is killed. So a tiny guard process is told the server's number over a pipe; when the pipe closes, however our
 process ended, the guard stops what is left. The guard is this file, run as a script on the standard library alone.
+
+A temporary server that dies is started again on its port, so that the run is reported all the same. One that is not
+ours is waited for at the end of the flow.
 """
 
 from __future__ import annotations
@@ -14,15 +17,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from prefect.server.api.server import SubprocessASGIServer
 
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+_REVIVALS = 3  # of a temporary server, in one flow
+_ASKED_TO_END = (0, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a server that was: it stays away
+
+WAIT = "JAXLM_REPORT_SECONDS"  # how long a flow that is done waits for a server that is away
+WAIT_SECONDS = 60.0
+WAIT_SECONDS_DEPLOYED = 600.0  # nobody sits before it, and what is not reported now stays "Running"
+_PROBE_SECONDS = 2.0
 
 
 @contextmanager
@@ -47,15 +57,100 @@ def ends_with_us() -> Iterator[None]:
 
 
 def _report(server: SubprocessASGIServer, stop: threading.Event) -> None:
-    told = 0
+    told, revived = 0, 0
     while True:
         process = server.server_process
         if process is not None and process.pid != told:
             told = process.pid
             with suppress(OSError):
                 _guard().write(f"{told}\n".encode())
+        elif (
+            process is not None
+            and process.poll() not in (None, *_ASKED_TO_END)
+            and revived < _REVIVALS
+            and process is server.server_process  # Prefect has not just stopped it
+        ):
+            revived += 1
+            server.server_process = server._run_uvicorn_command()  # on the port that the clients know
+            continue
         if stop.wait(0.05):
             return
+
+
+def api_url() -> str | None:
+    """The URL of the API in use; None before a temporary server has started."""
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().api.url
+    if url is not None:
+        return str(url)
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    return server.api_url if server.port is not None else None
+
+
+def away() -> bool:
+    """Whether the API, having been there, does not answer. One quick question; no retries."""
+    import httpx
+
+    url = api_url()
+    if url is None:
+        return False
+    try:
+        return httpx.get(f"{url.rstrip('/')}/health", timeout=_PROBE_SECONDS).status_code >= 500
+    except httpx.HTTPError:
+        return True
+
+
+def wait_until_back(say: Callable[[str], None]) -> bool:
+    """At the end of a flow: gives a server that is away the time to come back, so that the flow is reported as it is.
+
+    Returns:
+        Whether it is there.
+    """
+    if not away():
+        return True
+    from prefect.runtime import deployment
+
+    seconds = float(os.environ.get(WAIT) or (WAIT_SECONDS_DEPLOYED if deployment.id else WAIT_SECONDS))
+    say(f"Prefect's API is away and the work is done; waiting up to {seconds:.0f} s for it, to report that.")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        if not away():
+            return True
+    return False
+
+
+def has_assets() -> bool:
+    """Whether the server has a page for assets: Prefect Cloud's has, the local one has not."""
+    from prefect.events.worker import emit_events_to_cloud
+
+    return emit_events_to_cloud()
+
+
+def about_the_api(error: BaseException | None) -> bool:
+    """Whether an exception, or one of those behind it, is a request to the API that failed."""
+    import httpx
+
+    return any(isinstance(link, httpx.HTTPError) or "ephemeral" in str(link).lower() for link in links(error))
+
+
+def links(error: BaseException | None) -> list[BaseException]:
+    """An exception and those that were being handled when it was raised."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without Prefect's last attempts to deliver events to a server that is away."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @functools.cache

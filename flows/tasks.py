@@ -7,20 +7,27 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
-from prefect.tasks import exponential_backoff
+from prefect.tasks import MaterializingTask, exponential_backoff
 
+from flows import lineage, server
 from flows.artifacts import StageArtifacts
-from jaxlm.errors import Preempted, UnavailableError
-from jaxlm.stages.runner import Launcher, run_stage
+from jaxlm.config import RunConfig
+from jaxlm.errors import JaxlmError, Preempted, UnavailableError
+from jaxlm.launch_config import LaunchConfig
+from jaxlm.stages.runner import CancelledError, Launcher, run_stage, say
 from jaxlm.stages.spec import Spec
+from jaxlm.stages.store import find
+
+ACCELERATED = ("pretrain", "sft", "evaluate")  # tagged so: their number at a time can be limited
 
 
 def worth_a_retry(task: Any, task_run: Any, state: State) -> bool:
-    """A service was away, or somebody stopped the stage's process: it continues from its checkpoint.
+    """A service was away, or the stage's process lost its machine: it continues from its checkpoint.
 
-    When the flow itself is stopped, a BaseException ends the task, and Prefect does not ask.
+    Not when somebody cancelled its job. When the flow itself is stopped, a BaseException ends the task, and Prefect
+    does not ask.
     """
-    return isinstance(state.data, UnavailableError | Preempted)
+    return isinstance(state.data, UnavailableError | Preempted) and not isinstance(state.data, CancelledError)
 
 
 def worth_a_retry_inline(task: Any, task_run: Any, state: State) -> bool:
@@ -37,13 +44,13 @@ def worth_a_retry_inline(task: Any, task_run: Any, state: State) -> bool:
     retry_jitter_factor=1.0,
     retry_condition_fn=worth_a_retry,
 )
-def stage(spec: Spec, run: str, launcher: Launcher = "process") -> State[None]:
+def stage(spec: Spec, run: str, launcher: Launcher = "process", launch: LaunchConfig | None = None) -> State[None]:
     """Runs a stage, or finds that its result is there: the state is then named Cached.
 
     Called directly, not submitted: a signal then reaches the code that waits for the stage.
     """
     artifacts = StageArtifacts(run, spec)
-    manifest, cached = run_stage(spec, launcher=launcher, on_metrics=artifacts)
+    manifest, cached = run_stage(spec, launcher=launcher, launch=launch, on_metrics=artifacts)
     artifacts.finished()
     if "report.md" in manifest.outputs:
         artifacts.report(manifest.path("report.md"))
@@ -52,10 +59,53 @@ def stage(spec: Spec, run: str, launcher: Launcher = "process") -> State[None]:
     return Completed(message=f"done in {manifest.seconds:.1f} s: {manifest.directory}")
 
 
-def for_stage(spec: Spec, launcher: Launcher) -> Any:
-    """The task under the stage's name, for the UI, with the retries that suit the launcher."""
-    return stage.with_options(
-        name=spec.stage,
-        task_run_name=spec.name,
-        retry_condition_fn=worth_a_retry if launcher == "process" else worth_a_retry_inline,
+def run(spec: Spec, cfg: RunConfig) -> bool:
+    """Runs a stage as a task. Returns whether its result was there already.
+
+    With the API away the stage runs all the same: the task asks for nothing then, and what Prefect fails with when the
+    API goes away in between does not count.
+
+    Raises:
+        JaxlmError: the stage failed.
+    """
+    cached = find(spec) is not None
+    try:
+        for_stage(spec, cfg, online=not server.away())(spec, cfg.name, cfg.launcher, cfg.launch)
+    except JaxlmError:
+        raise
+    except Exception as error:
+        if not server.about_the_api(error):
+            raise
+        say(f"{spec.stage}: Prefect's API is away; the stage goes on without it")
+        run_stage(spec, launcher=cfg.launcher, launch=cfg.launch)
+    return cached
+
+
+def for_stage(spec: Spec, cfg: RunConfig, *, online: bool = True) -> Any:
+    """The task under the stage's name, for the UI, with the retries that suit the launcher.
+
+    Tags are what concurrency limits go by, so Prefect asks the server for a place before a task that has some starts:
+    without the server (`online` false) the task has none.
+    """
+    kind = "accelerator" if spec.stage in ACCELERATED else "cpu"
+    options: dict[str, Any] = {
+        "name": spec.stage,
+        "task_run_name": f"{spec.name} for {cfg.name}",
+        "tags": ["jaxlm", f"jaxlm-{kind}", spec.stage] if online else [],
+        "retry_condition_fn": worth_a_retry if cfg.launcher == "process" else worth_a_retry_inline,
+    }
+    if not (online and server.has_assets()):
+        return stage.with_options(**options)
+    made, read = lineage.assets_of(spec)
+    return MaterializingTask(
+        fn=stage.fn,
+        assets=[made],
+        materialized_by="jaxlm",
+        asset_deps=list(read),
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=stage.retries,
+        retry_delay_seconds=stage.retry_delay_seconds,
+        retry_jitter_factor=stage.retry_jitter_factor,
+        **options,
     )

@@ -1,7 +1,8 @@
 """Running a stage, or a chain of them, from a process that need not load jax.
 
-A stage runs as a child process in a session of its own: its output is passed on, its metrics are read while they grow,
-and it never outlives the launcher. A stage whose result is in the store already is not run again.
+A stage runs as a process, or several, of a launcher (`jaxlm.launch`): its output is passed on, its metrics are read
+while they grow, and on this machine it never outlives the launcher. A stage whose result is in the store already is not
+run again.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from jaxlm.config import RunConfig
-from jaxlm.errors import InputError, Preempted
+from jaxlm.errors import BY_EXIT_CODE, InputError, JaxlmError, Preempted
+from jaxlm.launch import Handle, Job, Status, for_stage, forget, submit_once
+from jaxlm.launch import Launcher as JobLauncher
+from jaxlm.launch.choose import processes
+from jaxlm.launch_config import LaunchConfig
 from jaxlm.stages import runs
 from jaxlm.stages.plan import plan, until
 from jaxlm.stages.process import COPY_LOG, PARENT, Terminated, execute, read_error
@@ -32,8 +36,15 @@ Launcher = Literal["process", "inline"]
 OnMetrics = Callable[[dict[str, Any]], None]
 Echo = Callable[[str], None]
 
-GRACE = 25.0  # seconds for an emergency save, between SIGTERM and SIGKILL; Prefect's own grace is 30
-POLL = 0.1  # seconds between two looks at a child
+
+class StageTimeoutError(JaxlmError):
+    """A stage took longer than it may. It has saved; a retry would take as long."""
+
+    exit_code = Preempted.exit_code
+
+
+class CancelledError(Preempted):
+    """Somebody ended the job on its cluster: it is not started again without being asked."""
 
 
 def say(line: str) -> None:
@@ -45,21 +56,23 @@ def run_stage(
     spec: Spec,
     *,
     launcher: Launcher = "process",
+    launch: LaunchConfig | None = None,
     on_metrics: OnMetrics | None = None,
     echo: Echo | None = None,
-    grace: float = GRACE,
+    grace: float | None = None,
 ) -> tuple[Manifest, bool]:
     """The result of `spec`: from the store when it is there and whole, else by running the stage.
 
     Args:
         spec: what to run.
         launcher: "process" starts `python -m <module> STAGE_DIR`; "inline" runs the stage in the calling process.
+        launch: what starts that process, and how many train together; None: one process on this machine.
         on_metrics: called, from a thread, with every record of the stage's metrics.jsonl while it runs. After the stage
             has resumed from a checkpoint, earlier records come again. What it raises is ignored: reporting never fails
             a training.
         echo: takes the stage's output, line by line. None: the stage writes to this process's terminal, or its lines
             are printed where there is none. In both cases they go to log.txt in the stage's directory too.
-        grace: seconds that the stage has for saving when this call is interrupted.
+        grace: seconds that the stage has for saving when this call is interrupted; None: as `launch` says.
 
     Returns:
         The manifest, and whether it was there already.
@@ -72,11 +85,12 @@ def run_stage(
     manifest, _ = check(spec)
     if manifest is not None:
         return manifest, True
+    launch = launch or LaunchConfig()
     directory = write_spec(spec).resolve()
     with _metrics_followed(directory / "metrics.jsonl", on_metrics):
         if launcher == "inline":
             return execute(spec, importlib.import_module(spec.module_name).run), False
-        _run_process(spec, directory, echo, grace)
+        _run_process(spec, directory, launch, echo, launch.grace_seconds if grace is None else grace)
     manifest, problem = check(spec)
     if manifest is None:
         raise InputError(f"{spec.name}: the stage ended well but left no valid result ({problem}); run it again.")
@@ -110,7 +124,7 @@ def run_chain(
     done: list[tuple[Manifest, bool]] = []
     with preempted_when_stopped():
         for spec in specs:
-            manifest, cached = run_stage(spec, launcher=cfg.launcher, echo=echo)
+            manifest, cached = run_stage(spec, launcher=cfg.launcher, launch=cfg.launch, echo=echo)
             runs.record(cfg, config_name, manifest)
             (echo or say)(summary_line(manifest, cached))
             done.append((manifest, cached))
@@ -155,81 +169,88 @@ def _raise_terminated(number: int, frame: Any) -> None:
     raise Terminated
 
 
-def _run_process(spec: Spec, directory: Path, echo: Echo | None, grace: float) -> None:
-    """Runs the stage's process to its end and raises what it failed with."""
+def _run_process(spec: Spec, directory: Path, launch: LaunchConfig, echo: Echo | None, grace: float) -> None:
+    """Runs the stage's process, or waits for the one that runs already, and raises what it failed with."""
+    launcher = for_stage(launch, spec.stage)
+    terminal = launcher.name == "local" and echo is None and sys.stdout.isatty() and sys.stderr.isatty()
+    job = _job(spec, directory, launch, terminal=terminal, follow=launcher.name == "local")
+    say_line = echo or say
     for left in ("error.json", "traceback.txt"):
         (directory / left).unlink(missing_ok=True)
-    terminal = echo is None and sys.stdout.isatty() and sys.stderr.isatty()
-    env = {**os.environ, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    if terminal:
+    handle, there = submit_once(launcher, job)
+    if launcher.restarts:
+        say_line(f"{spec.stage}: {'goes on as' if there else 'is'} {launcher.name} job {handle.id}")
+    try:
+        status = _watched(launcher, handle, say_line, launch.timeout_hours * 3600.0)
+    except BaseException as error:
+        status = launcher.cancel(handle, grace)
+        _pass_on(launcher, handle, say_line)
+        if status.phase == "ended":
+            forget(directory)
+        if status.exit_code != 0:
+            error.add_note(str(_failure(directory, status)))
+        raise
+    _pass_on(launcher, handle, say_line)
+    forget(directory)
+    if status.exit_code != 0:
+        raise _failure(directory, status)
+
+
+def _job(spec: Spec, directory: Path, launch: LaunchConfig, *, terminal: bool, follow: bool) -> Job:
+    """The stage as a job. On another machine there is no launcher to follow, and the stage keeps its own log."""
+    env = {"PYTHONUNBUFFERED": "1"}
+    if follow:
+        env |= {PARENT: str(os.getpid())} | ({COPY_LOG: "1"} if terminal else {})
+    elif launch.kind == "kubernetes":
         env[COPY_LOG] = "1"
-    child = subprocess.Popen(
-        [sys.executable, "-u", "-m", spec.module_name, str(directory)],
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=None if terminal else subprocess.PIPE,
-        stderr=None if terminal else subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches the launcher alone, which then lets the stage save
-    )
-    try:
-        with _output_passed_on(child.stdout, directory / "log.txt", echo or say, child.pid):
-            try:
-                while child.poll() is None:
-                    time.sleep(POLL)
-            except BaseException as error:
-                _stop(child, grace)
-                if child.returncode != 0:
-                    error.add_note(str(read_error(directory, child.returncode)))
-                raise
-    finally:
-        _kill_group(child.pid)
-        child.wait()
-    if child.returncode != 0:
-        raise read_error(directory, child.returncode)
+    python = sys.executable if launch.kind != "kubernetes" or follow else "python"  # an image has its own
+    command = (python, "-u", "-m", spec.module_name, str(directory))
+    return Job(spec.name, directory, command, env, processes(launch, spec.stage), terminal)
 
 
-def _stop(child: subprocess.Popen[bytes], grace: float) -> None:
-    """SIGTERM to the child's group, and SIGKILL after `grace` seconds or at the next interruption."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-    try:
-        child.wait(timeout=grace)
-    except BaseException:  # the time is over, or someone pressed Ctrl-C again
-        _kill_group(child.pid)
-        child.wait()
+def _watched(launcher: JobLauncher, handle: Handle, echo: Echo, seconds: float) -> Status:
+    """Polls the job to its end, and passes on what it writes.
+
+    Raises:
+        StageTimeoutError: it took longer than `seconds` (0: no limit).
+    """
+    end = time.monotonic() + seconds
+    told = ""
+    while True:
+        status = launcher.poll(handle)
+        _pass_on(launcher, handle, echo)
+        if status.phase == "ended":
+            return status
+        if status.reason and status.reason != told:
+            told = status.reason
+            echo(told)
+        if seconds and time.monotonic() > end:
+            raise StageTimeoutError(
+                f"{handle.name}: it has not ended after launch.timeout_hours={seconds / 3600:g}; it was told to save; "
+                "raise the limit and run the same command to continue."
+            )
+        time.sleep(launcher.poll_seconds)
 
 
-def _kill_group(group: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+def _pass_on(launcher: JobLauncher, handle: Handle, echo: Echo) -> None:
+    for line in launcher.logs(handle):
+        with suppress(Exception):
+            echo(line)
 
 
-@contextmanager
-def _output_passed_on(pipe: IO[bytes] | None, log: Path, echo: Echo, group: int) -> Iterator[None]:
-    """Copies the child's lines to the log and to `echo` from a thread, until the pipe is closed at its other end."""
-    if pipe is None:
-        yield
-        return
-
-    def copy() -> None:
-        with ExitStack() as stack:
-            file = None
-            with suppress(OSError):  # a full disk must not block the child
-                file = stack.enter_context(open(log, "ab", buffering=0))
-            for raw in pipe:
-                with suppress(OSError):
-                    if file is not None:
-                        file.write(raw)
-                with suppress(Exception):
-                    echo(raw.decode(errors="replace").rstrip("\r\n"))
-
-    thread = threading.Thread(target=copy, name="stage output", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        _kill_group(group)  # helpers of a stage that died would hold the pipe open
-        thread.join(timeout=5.0)
+def _failure(directory: Path, status: Status) -> JaxlmError:
+    """What a job that did not end well failed with: in its own words where it left some."""
+    code = status.exit_code
+    own = read_error(directory, code) if code is not None else None
+    if status.cancelled:
+        told = f"{own}" if own is not None and isinstance(own, Preempted) else f"{directory.name}: {status.reason}"
+        return CancelledError(f"{told.rstrip('.')}; run the same command to continue.")
+    if status.preempted:
+        return own if isinstance(own, Preempted) else Preempted(f"{directory.name}: {status.reason}; run it again.")
+    if own is None or (status.reason and not (directory / "error.json").exists()):
+        kind = BY_EXIT_CODE.get(code or 1, JaxlmError)
+        return kind(f"{directory.name}: {status.reason}; see {directory / 'log.txt'}.")
+    return own
 
 
 @contextmanager

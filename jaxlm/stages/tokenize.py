@@ -20,7 +20,7 @@ from jaxlm import tokenizers
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import pack_documents, write_rows, write_stream
 from jaxlm.errors import InputError
-from jaxlm.stages import process
+from jaxlm.stages import pieces, process
 from jaxlm.stages.download import read_split
 from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.tokenizers import Tokenizer
@@ -34,13 +34,15 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     data, settings = spec.section("data", DataConfig), spec.settings
     cfg = spec.section("tokenizer", TokenizerConfig)
     texts = {name: read_split(inputs["download"], name) for name in ("train", "val")}
-    tokenizer = tokenizers.build(cfg, texts["train"], eot=bool(settings["eot"]))
+    tokenizer = pieces.saved_tokenizer(spec.directory)
+    if tokenizer is None:
+        tokenizer = tokenizers.build(cfg, texts["train"], eot=bool(settings["eot"]))
     tokenizer.save(spec.directory)
 
     common: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": tokenizer.fingerprint}
     indexes, tokens = {}, {}
     for name, documents in texts.items():
-        ids = encode_all(tokenizer, documents, label=name)
+        ids = encode_all(tokenizer, documents, label=name, done=pieces.saved_ids(spec.directory, name, documents))
         tokens[name] = sum(map(len, ids))
         if data.pack == "documents":
             if tokenizer.eot_id is None:
@@ -52,6 +54,7 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         else:
             stream = _joined(ids, tokenizer.eot_id)
             indexes[name] = write_stream(spec.directory, stream, name=name, seq_len=data.seq_len, **common)
+    pieces.remove(spec.directory)
     return {
         "indexes": indexes,
         "tokens": tokens,
@@ -60,16 +63,35 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     }
 
 
-def encode_all(tokenizer: Tokenizer, documents: Sequence[str], *, label: str) -> list[np.ndarray]:
-    """The ids of each document, int32; in parallel over the cores where there is enough text."""
-    total = sum(map(len, documents))
-    out: list[np.ndarray] = []
+def encode_all(
+    tokenizer: Tokenizer,
+    documents: Sequence[str],
+    *,
+    label: str,
+    done: Mapping[int, Sequence[np.ndarray]] | None = None,
+) -> list[np.ndarray]:
+    """The ids of each document, int32; in parallel over the cores where there is enough text.
+
+    Args:
+        tokenizer: encodes.
+        documents: the texts.
+        label: for the progress bar.
+        done: index of a document -> the ids of it and of those after it, encoded beforehand (`jaxlm.stages.pieces`).
+    """
+    out: list[np.ndarray | None] = [None] * len(documents)
+    for start, ids in (done or {}).items():
+        out[start : start + len(ids)] = ids
+    missing = [index for index, ids in enumerate(out) if ids is None]
+    texts_left = [documents[index] for index in missing]
+    total = sum(map(len, texts_left))
+    places = iter(missing)
     with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
         task = bar.add_task(f"tokenize {label}", total=total)
-        for texts, ids in _encoded_batches(tokenizer, documents, total):
-            out.extend(ids)
+        for texts, batch in _encoded_batches(tokenizer, texts_left, total):
+            for ids in batch:
+                out[next(places)] = ids
             bar.advance(task, sum(map(len, texts)))
-    return out
+    return [ids for ids in out if ids is not None]
 
 
 def _encoded_batches(

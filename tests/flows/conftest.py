@@ -94,7 +94,7 @@ class Scenario:
             return 0
 
         assert self.process is not None
-        assert wait_until(lambda: pid() or self.process.poll() is not None, 150)
+        assert wait_until(lambda: pid() or self.process.poll() is not None, 600)
         assert self.process.poll() is None, self.process.communicate()
         return pid()
 

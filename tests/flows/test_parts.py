@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-import yaml
 
 from jaxlm.config import RunConfig
 from jaxlm.stages.plan import plan
@@ -98,64 +100,106 @@ def test_the_guard_ends_what_its_owner_leaves_behind(checkout, processes):
             process.wait()
 
 
-def test_prefect_yaml_is_one_deployment_that_loads(checkout):
-    from prefect.cli.deploy._models import PrefectYamlModel
-    from prefect.flows import load_flow_from_entrypoint
-
-    values = yaml.safe_load((checkout / "prefect.yaml").read_text())
-    model = PrefectYamlModel.model_validate(values)
-    (deployment,) = model.deployments
-    here = Path.cwd()
-    try:
-        os.chdir(checkout)
-        flow = load_flow_from_entrypoint(deployment.entrypoint)
-    finally:
-        os.chdir(here)
-    assert flow.name == "jaxlm-pipeline"
-    assert flow.validate_parameters(deployment.parameters) == deployment.parameters
-    fields = flow.parameters.properties
-    assert list(fields) == ["config", "overrides", "root"]
-    assert all(field["title"] and field["description"] for field in fields.values())
-
-
 @pytest.fixture
 def artifacts(monkeypatch):
     from flows import artifacts as module
+    from flows import server
 
     made = []
-    for name in ("create_progress_artifact", "update_progress_artifact", "create_markdown_artifact"):
+    kinds = (
+        "create_progress_artifact",
+        "update_progress_artifact",
+        "create_markdown_artifact",
+        "create_table_artifact",
+    )
+    for name in kinds:
         monkeypatch.setattr(module, name, lambda *args, _name=name, **kwargs: made.append((_name, args, kwargs)))
+    monkeypatch.setattr(server, "away", lambda: False)
     pretrain = plan(RunConfig().replace(name="My.run_1"))[3]
     return module, module.StageArtifacts("My.run_1", pretrain), made
 
 
-def test_a_table_of_the_evaluations(artifacts):
-    module, stage, made = artifacts
+def test_artifacts_while_a_stage_runs(artifacts):
+    _, stage, made = artifacts
     stage({"step": 500, "split": "train", "loss": 2.5, "tokens": 1024000, "lr": 0.001})
-    stage({"event": "sample", "step": 500, "text": "Once"})
-    stage({"step": 500, "split": "val", "loss": 2.75})
-    stage({"step": 600, "split": "train", "loss": 2.25})
-    (name, (percent,), kwargs), table = made
+    ((name, (percent,), kwargs),) = made
     assert (name, percent, kwargs["key"]) == ("create_progress_artifact", 50.0, "my-run-1-pretrain-progress")
-    assert table[2]["key"] == "my-run-1-pretrain-metrics"
-    assert table[1][0].splitlines()[2:] == [
-        "| step | tokens | loss | val_loss | lr |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-        "| 500 | 1,024,000 | 2.5 | 2.75 | 0.001 |",
-    ]
-    assert module.table([{"step": 1, "val_loss": None}]) == "| step |\n| ---: |\n| 1 |\n"
+    made.clear()
+    stage({"step": 500, "split": "val", "loss": 2.75})
+    ((name, (cells,), kwargs),) = made  # one point is no curve yet
+    assert (name, kwargs["key"]) == ("create_table_artifact", "my-run-1-pretrain-metrics")
+    assert cells == [{"step": "500", "tokens": "1,024,000", "loss": "2.5", "val_loss": "2.75", "lr": "0.001"}]
+    made.clear()
+    stage({"event": "sample", "step": 500, "text": "Once\n# upon"})
+    ((name, (page,), kwargs),) = made
+    assert kwargs["key"] == "my-run-1-pretrain-sample"
+    assert page.endswith("After step 500:\n\n    Once\n    # upon\n")
+    made.clear()
+    stage({"step": 1000, "split": "train", "loss": 2.0})
+    stage({"step": 1000, "split": "val", "loss": 2.25})
+    pages = {kwargs["key"]: args[0] for name, args, kwargs in made if name == "create_markdown_artifact"}
+    image = base64.b64decode(pages["my-run-1-pretrain-loss"].partition("base64,")[2].split(")")[0]).decode()
+    assert ElementTree.fromstring(image).tag.endswith("svg")
+    assert "validation 2.250" in image
+
+
+def test_a_curve_by_hand():
+    from flows.curve import loss_svg
+
+    rows = [{"step": 0, "loss": 3.0}, {"step": 50, "loss": math.nan}, {"step": 100, "loss": 1.0, "val_loss": 2.0}]
+    drawing = ElementTree.fromstring(loss_svg(rows))
+    (line, val) = [item.get("points") for item in drawing.iter() if item.tag.endswith("polyline")]
+    # From the upper left corner of the axes, (56, 28), to the lower right, (640 - 12, 320 - 34); 2.0 is half-way down.
+    assert line == "56.0,28.0 628.0,286.0"
+    assert val == "628.0,157.0"
+    assert loss_svg(rows[:1]) == loss_svg([]) == ""
+    assert loss_svg([{"step": n, "loss": 1.0} for n in range(5000)]).count(",") < 1000
 
 
 def test_an_api_that_is_away_is_left_alone(artifacts, monkeypatch):
-    module, stage, _ = artifacts
-    calls = []
+    from flows import server
 
-    def away(*args, **kwargs):
-        calls.append(args)
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(module, "create_markdown_artifact", away)
+    _, stage, made = artifacts
+    asked = []
+    monkeypatch.setattr(server, "away", lambda: asked.append(1) or True)
     for step in range(5):
         stage({"step": step, "split": "val", "loss": 1.0})
     stage.report(Path("/nosuch/report.md"))
-    assert len(calls) == 1
+    assert (len(asked), made) == (1, [])
+
+
+def test_tags_and_assets_go_with_a_server(monkeypatch):
+    from flows import server, tasks
+
+    cfg = RunConfig(name="probe")
+    specs = plan(cfg)
+    monkeypatch.setattr(server, "has_assets", lambda: True)
+    made = tasks.for_stage(specs[1], cfg)
+    assert made.tags == {"jaxlm", "jaxlm-cpu", "tokenize"}
+    assert made.task_run_name == f"{specs[1].name} for probe"
+    assert [asset.key for asset in made.assets] == [f"jaxlm://store/{specs[1].name}"]
+    assert [asset.key for asset in made.asset_deps] == [f"jaxlm://store/{specs[0].name}"]
+    assert (made.retries, made.retry_jitter_factor) == (4, 1.0)
+    # Without one a tag would fail the task: Prefect asks the server for a place under the tag's limit.
+    offline = tasks.for_stage(specs[3], cfg, online=False)
+    assert offline.tags == set()
+    assert not hasattr(offline, "assets")
+    assert "jaxlm-accelerator" in tasks.for_stage(specs[3], cfg).tags
+
+
+def test_what_is_worth_a_retry():
+    from prefect.states import Failed
+
+    from flows.tasks import worth_a_retry, worth_a_retry_inline
+    from jaxlm.errors import InputError, Preempted, UnavailableError
+    from jaxlm.stages.runner import CancelledError, StageTimeoutError
+
+    def asked(condition, error):
+        return condition(None, None, Failed(data=error))
+
+    assert asked(worth_a_retry, UnavailableError("x"))
+    assert asked(worth_a_retry, Preempted("x"))
+    for error in (InputError("x"), CancelledError("x"), StageTimeoutError("x"), RuntimeError("x")):
+        assert not asked(worth_a_retry, error)
+    assert asked(worth_a_retry_inline, UnavailableError("x"))
+    assert not asked(worth_a_retry_inline, Preempted("x"))

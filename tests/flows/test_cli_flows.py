@@ -1,0 +1,71 @@
+"""The commands, as far as they go without a server."""
+
+from __future__ import annotations
+
+import cyclopts
+import pytest
+
+from jaxlm import cli_flows
+from jaxlm.errors import InputError
+
+
+@pytest.fixture
+def jaxlm():
+    app = cyclopts.App(name="jaxlm", result_action="return_value")
+    cli_flows.register(app)
+    return lambda line: app(line, exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("flow pipeline nosuch.yaml", r"^nosuch\.yaml: no such configuration file"),
+        ("flow pretrain quickstart --set train.stepz=3", r"did you mean steps\?"),
+        ("flow sft quickstart --set sft.enabled=false", r"set sft\.enabled=true"),
+        ("flow sweep quickstart", r"^--grid: a sweep needs at least one"),
+        ("flow pretrain quickstart --grid seed=1", r"^--grid: the flow pretrain has no such option; .* sweep"),
+        ("flow pipeline quickstart --shards 2", r"^--shards: the flow pipeline has no such option; .* prepare"),
+        ("flow pipeline quickstart --set launch.kind=lsf", r"launch\.kind"),
+    ],
+)
+def test_bad_input_is_told_before_anything_starts(jaxlm, line, sentence):
+    with pytest.raises(InputError, match=sentence):
+        jaxlm(line)
+
+
+def test_a_flow_that_does_not_exist(jaxlm):
+    with pytest.raises(cyclopts.CycloptsError, match="pipelin"):
+        jaxlm("flow pipelin quickstart")
+
+
+def test_what_reaches_the_flow(jaxlm, monkeypatch):
+    from flows import command, deployments, server
+
+    asked = []
+    monkeypatch.setattr(command, "run", lambda *args, **given: asked.append((args, given)))
+    monkeypatch.setattr(server, "away", lambda: False)
+    jaxlm("flow sweep a.yaml --set seed=1 --set name=b --root /tmp --grid x=1,2 --grid y=3")
+    jaxlm("flow prepare a.yaml --shards 3 --runner dask")
+    assert asked[0] == (
+        ("a.yaml", ["seed=1", "name=b"], "/tmp"),
+        {"flow": deployments.FLOWS["sweep"], "last": "evaluate", "grid": ["x=1,2", "y=3"]},
+    )
+    assert asked[1][1] == {"flow": deployments.FLOWS["prepare"], "last": "prepare", "shards": 3, "runner": "dask"}
+
+
+def test_a_server_that_is_away_does_not_keep_the_command(jaxlm, monkeypatch):
+    from flows import command, server
+
+    left = []
+
+    def fail(*args, **given):
+        raise InputError("wrong.")
+
+    monkeypatch.setattr(server, "away", lambda: True)
+    monkeypatch.setattr(server, "leave", left.append)
+    monkeypatch.setattr(command, "run", fail)
+    with pytest.raises(InputError):
+        jaxlm("flow pipeline a.yaml")
+    monkeypatch.setattr(command, "run", lambda *args, **given: None)
+    jaxlm("flow pipeline a.yaml")
+    assert left == [65, 0]

@@ -1,0 +1,238 @@
+"""A real Prefect server and a real process work pool on loopback: deploy, trigger, watch, cancel, kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parent.parent
+FAKES = [CHECKOUT, HERE / "fakes", HERE.parent / "stages" / "fakes"]
+
+pytestmark = pytest.mark.slow
+
+
+class Site:
+    """A server with a worker, on a store of their own; what they start is known by process number."""
+
+    def __init__(self, home, root, processes):
+        self.root, self.processes, self.started = root, processes, []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.api = f"http://127.0.0.1:{self.port}/api"
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        self.env = {
+            **clean,
+            "PREFECT_HOME": str(home),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+            "JAXLM_REPORT_SECONDS": "60",
+            "PYTHONPATH": os.pathsep.join(map(str, FAKES)),
+        }
+        root.mkdir()
+        (root / "probe.yaml").write_text("train: {steps: 2}\n")
+
+    def prefect(self, *words, wait=True, log="prefect"):
+        out = open(self.root / f"{log}.log", "ab")  # noqa: SIM115, its process has it
+        command = [sys.executable, "-m", "prefect", *words]
+        process = subprocess.Popen(command, env=self.env, cwd=self.root, stdout=out, stderr=out)
+        out.close()
+        self.started.append(process.pid)
+        if wait:
+            assert process.wait(120) == 0, (self.root / f"{log}.log").read_text()[-3000:]
+        return process
+
+    def start_server(self):
+        self.server = self.prefect("server", "start", "--port", str(self.port), "--no-ui", wait=False, log="server")
+        assert self.processes.wait_until(self.up, 120), (self.root / "server.log").read_text()[-3000:]
+
+    def up(self):
+        try:
+            return httpx.get(f"{self.api}/health", timeout=2.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def start_worker(self):
+        self.worker = self.prefect("worker", "start", "--pool", "jaxlm-test", wait=False, log="worker")
+
+    def kill(self, process):
+        """SIGKILL to a process and to all that it has started, but not to the stages, which must see to themselves."""
+        for pid in [process.pid, *self.processes.descendants(process.pid)]:
+            with suppress(OSError):
+                if "fake_stage" not in Path(f"/proc/{pid}/cmdline").read_text():
+                    self.started.append(pid)
+                    os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def request(self, method, path, **body):
+        answer = httpx.request(method, f"{self.api}{path}", json=body or None, timeout=20.0)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def deploy(self):
+        code = (
+            "from deployed import deployed\n"
+            "from prefect.flows import Flow\n"
+            f"Flow.from_source(source={str(HERE / 'fakes')!r}, entrypoint='deployed.py:deployed').deploy("
+            f"name='pipeline', work_pool_name='jaxlm-test', job_variables={{'working_dir': {str(self.root)!r}}})"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=self.env, cwd=self.root, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return self.request("GET", "/deployments/name/jaxlm-pipeline/pipeline")
+
+    def trigger(self, do=None, *overrides, **env):
+        variables = {"FAKE_DO": json.dumps(do or {}), **env}
+        parameters = {"config": str(self.root / "probe.yaml"), "overrides": list(overrides), "root": str(self.root)}
+        body = {"parameters": parameters, "job_variables": {"env": {**self.stage_env(), **variables}}}
+        return self.request("POST", f"/deployments/{self.deployment['id']}/create_flow_run", **body)["id"]
+
+    def stage_env(self):
+        keep = ("PYTHONPATH", "PREFECT_API_URL", "PREFECT_HOME", "JAXLM_REPORT_SECONDS")
+        return {name: self.env[name] for name in keep}
+
+    def state(self, run):
+        return self.request("GET", f"/flow_runs/{run}")["state"]
+
+    def ended(self, run, seconds=120):
+        """The final state of a flow run."""
+
+        def final():
+            with suppress(httpx.HTTPError):
+                return self.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+        assert self.processes.wait_until(final, seconds), (self.state(run), self.log())
+        return self.state(run)
+
+    def log(self):
+        return (self.root / "worker.log").read_text()[-3000:]
+
+    def asleep(self, stage):
+        """The process number of a stage that sleeps."""
+
+        def pid():
+            for file in self.root.glob(f"store/{stage}-*/pids.part"):
+                return int(file.read_text() or 0)
+
+        assert self.processes.wait_until(pid, 90), self.log()
+        return pid()
+
+    def status(self):
+        return json.loads((self.root / "runs" / "probe" / "status.json").read_text())
+
+    def end(self):
+        everything = [pid for each in self.started for pid in [each, *self.processes.descendants(each)]]
+        for pid in everything:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def site(prefect_home, tmp_path_factory, processes):
+    made = Site(prefect_home, tmp_path_factory.mktemp("site") / "root", processes)
+    try:
+        made.start_server()
+        made.prefect("work-pool", "create", "jaxlm-test", "--type", "process", "--overwrite")
+        made.deployment = made.deploy()
+        made.start_worker()
+        yield made
+    finally:
+        made.end()
+
+
+def test_the_form_is_drawn_from_what_the_server_has(site):
+    fields = site.deployment["parameter_openapi_schema"]["properties"]
+    assert {name: field["title"] for name, field in fields.items()} == {
+        "config": "Configuration", "overrides": "Overrides", "root": "Directory",
+    }  # fmt: skip
+    assert all(field["description"].endswith(".") for field in fields.values())
+
+
+def test_triggered_watched_and_completed(site):
+    run = site.trigger()
+    assert site.ended(run)["type"] == "COMPLETED", site.log()
+    assert (site.root / "runs" / "probe" / "report.md").exists()
+    keys = {item["key"] for item in site.request("POST", "/artifacts/filter", sort="CREATED_DESC")}
+    assert {"probe-report", "probe-pretrain-progress", "probe-pretrain-loss"} <= keys
+    assert site.status()["state"] == "completed"
+    again = site.trigger()
+    assert site.ended(again)["type"] == "COMPLETED"
+    tasks = site.request("POST", "/task_runs/filter", flow_runs={"id": {"any_": [again]}})
+    assert [task["state"]["name"] for task in tasks] == ["Cached"] * 6
+
+
+def test_cancelled_in_mid_training_and_resumed_by_the_next_run(site):
+    run = site.trigger({"pretrain": "sleep"}, "train.steps=5")
+    stage = site.asleep("pretrain")
+    cancelling = {"type": "CANCELLING", "name": "Cancelling"}
+    site.request("POST", f"/flow_runs/{run}/set_state", state=cancelling, force=True)
+    assert site.ended(run)["type"] == "CANCELLED", site.log()
+    assert site.processes.wait_until(lambda: not site.processes.running(stage), 30)
+    (saved,) = site.root.glob("store/pretrain-*/saved.part")
+    assert not (saved.parent / "manifest.json").exists()
+    assert site.processes.wait_until(lambda: site.status()["state"] == "cancelled", 30), site.status()
+    assert site.status()["command"].startswith("jaxlm flow pipeline ")
+    again = site.trigger(None, "train.steps=5")
+    assert site.ended(again)["type"] == "COMPLETED", site.log()
+    assert (saved.parent / "manifest.json").exists()
+
+
+def test_a_killed_worker_takes_its_stage_along_and_the_next_one_continues(site):
+    run = site.trigger({"sft": "sleep"}, "train.steps=6")
+    stage = site.asleep("sft")
+    site.kill(site.worker)
+    assert site.processes.wait_until(lambda: not site.processes.running(stage), 40)
+    assert list(site.root.glob("store/sft-*/saved.part"))
+    site.start_worker()
+    again = site.trigger(None, "train.steps=6")
+    assert site.ended(again)["type"] == "COMPLETED", site.log()
+    assert site.state(run)["type"] != "COMPLETED"
+
+
+def test_a_killed_server_is_told_the_truth_when_it_is_back(site):
+    run = site.trigger({"evaluate": "sleep"}, "train.steps=7", FAKE_SECONDS="8")
+    site.asleep("evaluate")
+    site.kill(site.server)
+    manifest = lambda: list(site.root.glob("store/evaluate-*/manifest.json"))  # noqa: E731
+    before = len(manifest())
+    assert site.processes.wait_until(lambda: len(manifest()) > before, 60)  # the stage has not noticed
+    site.start_server()
+    started = time.monotonic()
+    assert site.ended(run)["type"] == "COMPLETED", site.log()
+    assert time.monotonic() - started < 60
+    assert site.status()["state"] == "completed"
+
+
+def test_all_flows_are_served_from_one_process(site):
+    code = "from jaxlm.cli_flows import serve_flows; serve_flows(limit=1)"
+    with open(site.root / "serve.log", "ab") as out:
+        served = subprocess.Popen([sys.executable, "-c", code], env=site.env, cwd=site.root, stdout=out, stderr=out)
+    site.started.append(served.pid)
+    names = {"prepare", "pretrain", "sft", "evaluate", "pipeline", "sweep"}
+
+    def there():
+        found = site.request("POST", "/deployments/filter", deployments={"tags": {"all_": ["jaxlm"]}})
+        return {item["name"] for item in found} == names and found
+
+    assert site.processes.wait_until(there, 90), (site.root / "serve.log").read_text()[-3000:]
+    for deployment in there():
+        for name, field in deployment["parameter_openapi_schema"]["properties"].items():
+            assert field["title"] != name
+            assert field["description"].endswith(".")
+    served.send_signal(signal.SIGTERM)
+    served.wait(30)
