@@ -20,6 +20,7 @@ from jaxlm._digests import Leaf, Manifest, as_json, check, write_manifest
 from jaxlm._disk import disk_errors, free_bytes
 from jaxlm._leaves import describe, nest, to_arrays
 from jaxlm._lock import dir_lock
+from jaxlm._memory import available_bytes
 from jaxlm._steps import UNFINISHED, best, clean_up, complete, put_in_place, remove, step_folders
 from jaxlm.errors import DiskError, InputError
 
@@ -107,10 +108,12 @@ class Checkpointer:
 
         Returns:
           True when a save was started (or, not asynchronous, done); False when the step already has a complete and
-          undamaged checkpoint, which stays as it is: a resumed run that saves its first step again loses nothing.
+          undamaged checkpoint, which stays as it is: a resumed run that saves its first step again loses nothing. (The
+          newest is written again when it was saved without this metric.)
 
         Raises:
-          InputError: a newer undamaged checkpoint exists (and not `force`), or an item cannot be saved exactly.
+          InputError: a newer undamaged checkpoint exists (and not `force`), an item cannot be saved exactly, or this
+            machine has no memory for the copy; names the bytes needed and available.
           DiskError: of this save or of the one before it; names the directory and the free bytes.
         """
         if self._closed:
@@ -119,7 +122,7 @@ class Checkpointer:
         meta = as_json(meta)
         if step < 0:
             raise InputError(f"step {step} cannot be saved; steps count from 0")
-        if not force and self._already_saved(step):
+        if not force and self._already_saved(step, metric):
             return False
         leaves = {name: to_arrays(name, tree) for name, tree in items.items()}
         size = sum(leaf.nbytes for tree in leaves.values() for leaf in tree.values())
@@ -127,6 +130,12 @@ class Checkpointer:
             raise DiskError(
                 f"cannot save step {step} in {self.directory}: it needs {size:,} bytes and {free:,} are free there; "
                 "make room or choose another disk"
+            )
+        copied = sum(_own_bytes(leaf) for tree in leaves.values() for leaf in tree.values())
+        if (memory := available_bytes()) is not None and memory < copied:
+            raise InputError(
+                f"cannot save step {step} in {self.directory}: its copy needs {copied:,} bytes of memory and "
+                f"{memory:,} are available; train a smaller model, or on a machine with more memory"
             )
         specs = {name: describe(tree) for name, tree in leaves.items()}
         arguments = {name: ocp.args.StandardSave(stored) for name, tree in leaves.items() if (stored := nest(tree))}
@@ -171,13 +180,15 @@ class Checkpointer:
                 raise
             error.add_note(f"The checkpoint that was being saved failed too: {failure}")
 
-    def _already_saved(self, step: int) -> bool:
+    def _already_saved(self, step: int, metric: float | None) -> bool:
         """Whether `step` has a good checkpoint. Newer ones found damaged (contents compared) no longer count."""
         newer = [s for s in self._saved if s >= step]
         damaged = {s for s in newer if isinstance(check(self.directory / str(s), s), list)}
         self._saved = {s: manifest for s, manifest in self._saved.items() if s not in damaged}
         if step in self._saved:
-            return True
+            # By their texts: NaN is not equal to itself.
+            known = metric is None or repr(self._saved[step].metric) == repr(metric)
+            return known or step < max(self._saved)
         if self._saved and step < max(self._saved):
             raise InputError(
                 f"step {step} is older than the checkpoint of step {max(self._saved)} in {self.directory}; "
@@ -219,6 +230,13 @@ class Checkpointer:
         if self._primary:
             for left in self.directory.glob(f"{step}{UNFINISHED}*"):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _own_bytes(leaf: Any) -> int:
+    """What this process copies of an array: its own shards, each once."""
+    if isinstance(leaf, jax.Array):
+        return sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.replica_id == 0)
+    return int(leaf.nbytes)
 
 
 def _below_error(record: logging.LogRecord) -> bool:

@@ -18,6 +18,8 @@ from pydantic import Field, field_validator, model_validator
 
 from jaxlm._frozen import Fraction, Frozen, NonNegative, Positive, cosmetic, validated
 from jaxlm.errors import InputError
+from jaxlm.guards_config import GuardOptions
+from jaxlm.launch_config import FlowOptions
 from jaxlm.model_config import ModelConfig, RopeScaling
 
 __all__ = [
@@ -50,6 +52,7 @@ class TrainOptions(Frozen):
     loss_chunk: NonNegative = Field(0, description="tokens per chunk of the cross-entropy; 0: all logits at once")
     on_nonfinite: Literal["halt", "skip"] = Field("halt", description="what a non-finite loss or gradient does")
     max_skips: Positive = Field(20, description="with on_nonfinite=skip: more skipped steps than this end the run")
+    guards: GuardOptions = cosmetic(GuardOptions(), description="when to give up on a run that goes wrong")
 
     eval_every: NonNegative = cosmetic(0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_rows: NonNegative = cosmetic(0, ge=0, description="validation rows per evaluation during training; 0: all")
@@ -166,7 +169,7 @@ class EvalConfig(Frozen):
     top_p: Fraction = Field(0.95, description="of the samples")
 
 
-class RunConfig(Frozen):
+class RunConfig(FlowOptions):
     """One run of the pipeline."""
 
     name: str = cosmetic("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names runs/<name>")

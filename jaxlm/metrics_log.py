@@ -133,6 +133,19 @@ class MetricsLog:
         self.close()
 
 
+class Unwritten(MetricsLog):
+    """The log of a process whose peer writes it: its records go nowhere, and those of the peer can be read."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory) / FILE_NAME
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _up_to(records: Iterable[Record], step: int) -> list[Record]:
     """The records of steps up to `step`. One without a step stays when no removed record came before it."""
     kept: list[Record] = []

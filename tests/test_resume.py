@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from jaxlm.stages.spec import Spec
 from jaxlm.stages.store import write_spec
 from jaxlm.tokenizers import char
 from jaxlm.train import loop
+from jaxlm.train.stopping import Stop
 
 QUICK_COMPILE = True
 
@@ -98,14 +98,13 @@ class Fitting:
         spec = self.spec(root)
         spec.directory.mkdir(parents=True, exist_ok=True)
         done = max((r["step"] for r in history(spec.directory) if r.get("split") == "train"), default=0)
-        steps = count(done + 1)
-        rows = RowSet(*self.data)
+        rows = Telling(*self.data, signal_at=signal_at)
+        stop = Stop(lambda: done + rows.read == stop_after)
         with pytest.MonkeyPatch.context() as patch:
             if not signal_at:
-                patch.setattr(fitting, "_stop_requested", lambda: nullcontext(lambda: next(steps) == stop_after))
+                patch.setattr(fitting, "stop_requested", lambda directory: nullcontext(stop))
             return fitting.fit_stage(
-                spec, CFG, seed=5, tokenizer=self.tokenizer, val_rows=rows, prompt="",
-                rows=Telling(*self.data, signal_at=signal_at) if signal_at else rows,
+                spec, CFG, seed=5, tokenizer=self.tokenizer, val_rows=RowSet(*self.data), prompt="", rows=rows,
                 start=lambda cfg: train.init_state(cfg, 5, params=self.params),
             )  # fmt: skip
 
@@ -153,15 +152,15 @@ def test_stopped_and_continued(fit_in, unbroken, tmp_path, stops):
 
 
 class Telling(RowSet):
-    """Rows that send a signal to this very process when the batch of a chosen step is read."""
+    """Rows that count the batches read, and send a signal to this very process at a chosen one."""
 
-    def __init__(self, *args: Any, signal_at: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, signal_at: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.left = signal_at
+        self.signal_at, self.read = signal_at, 0
 
     def batch(self, indices: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
+        self.read += 1
+        if self.read == self.signal_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().batch(indices)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -22,12 +19,14 @@ from jaxlm.config import EvalConfig, ModelConfig, TrainConfig
 from jaxlm.data import RowSet
 from jaxlm.errors import InputError
 from jaxlm.evaluate.perplexity import split_loss
-from jaxlm.metrics_log import MetricsLog
-from jaxlm.stages import saved
+from jaxlm.metrics_log import MetricsLog, Unwritten
+from jaxlm.stages import provenance, saved
 from jaxlm.stages.runner import say
 from jaxlm.stages.spec import Manifest, Spec
+from jaxlm.stages.stopping import end_hung, stop_requested
 from jaxlm.tokenizers import Tokenizer
 from jaxlm.train import loop
+from jaxlm.train.stopping import Stop
 
 Start = Callable[[TrainConfig], train.TrainState]
 
@@ -66,29 +65,40 @@ def fit_stage(
         if split.tokenizer_fingerprint != tokenizer.fingerprint:
             raise InputError(f"{spec.name}: its rows were made by another tokenizer; delete the store and run again.")
     directory = spec.directory
-    saved.write_description(directory, cfg.model, tokenizer)
     layout = parallel.layout_for(cfg.batch_size // cfg.grad_accum_steps)
+    first = parallel.is_first()  # of the processes that train together, the one that writes
+    if first:
+        saved.write_description(directory, cfg.model, tokenizer)
     evaluation = spec.section("eval", EvalConfig)
     meta = {"spec": spec.id, "tokenizer": tokenizer.fingerprint, "model": cfg.model.identity()}
 
+    if first:
+        provenance.add(directory, devices=provenance.devices(), layout=provenance.layout(layout.mesh))
+    hung = end_hung(directory)
+
     with ExitStack() as stack:
-        stop = stack.enter_context(_stop_requested())
+        alone = jax.process_count() == 1
+        stop = stack.enter_context(stop_requested(directory)) if alone else Stop(parallel.asked_together())
         checkpointer = stack.enter_context(
             Checkpointer(directory / saved.CHECKPOINTS, keep_latest=cfg.keep_checkpoints)
         )
         state, before, notes = _start_or_resume(cfg, layout, directory, meta, lambda: start(cfg))
         resumed = int(state.step) or None
-        log = stack.enter_context(MetricsLog(directory, resume_step=resumed))
+        log = stack.enter_context(MetricsLog(directory, resume_step=resumed) if first else Unwritten(directory))
         bar = stack.enter_context(_progress_bar(spec.stage, cfg.steps))
         for note in notes:
             say(note)
         if resumed:
             say(f"{spec.stage}: continuing after step {resumed} of {cfg.steps}")
 
+        def place(batch: dict[str, Any]) -> Any:
+            stop.check()
+            return layout.put_batch(batch)
+
         def evaluate(params: model.Params) -> float:
             return split_loss(
                 cfg.model, params, val_rows, _divisible(evaluation.batch_size, layout.devices),
-                max_rows=cfg.eval_rows, chunk=cfg.loss_chunk, place=layout.put_batch,
+                max_rows=cfg.eval_rows, chunk=cfg.loss_chunk, place=place,
             ).loss  # fmt: skip
 
         hooks = loop.Hooks(
@@ -96,14 +106,15 @@ def fit_stage(
             checkpointer=checkpointer,
             meta=meta,
             evaluate=evaluate,
-            sample=_sampler(cfg, tokenizer, prompt, seed) if cfg.sample_tokens else None,
+            sample=_sampler(cfg, tokenizer, prompt, seed) if cfg.sample_tokens and first else None,
             stop=stop,
+            hung=hung,
             progress=bar,
         )
         loss = before.get("train_loss")
         fitted = loop.fit(
             cfg, state, rows, layout, hooks, tokens=int(before.get("tokens", 0)),
-            train_loss=math.nan if loss is None else float(loss),
+            train_loss=math.nan if loss is None else float(loss), losses=before.get("losses", ()),
         )  # fmt: skip
     return {
         "steps": int(fitted.state.step),
@@ -155,7 +166,7 @@ def _start_or_resume(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     found = restore(directory / saved.CHECKPOINTS, loop.items(abstract), expect=meta)
     if found is None:
-        return jax.device_put(start(), shardings), {}, []
+        return layout.put_state(start()), {}, []
     notes = [f"damaged checkpoint passed over: {damage}" for damage in found.damaged]
     return loop.from_items(found.items), found.meta, notes
 
@@ -174,7 +185,7 @@ def _sampler(cfg: TrainConfig, tokenizer: Tokenizer, prompt: str, seed: int) -> 
     stop_ids = (tokenizer.eot_id,) if tokenizer.eot_id is not None else ()
 
     def sample(params: model.Params) -> str:
-        local = jax.device_put(params, jax.devices()[0])
+        local = jax.device_put(jax.tree.map(lambda whole: whole.addressable_data(0), params), jax.local_devices()[0])
         out = generate(
             cfg.model, local, [ids], sampling=Sampling(temperature=0.8, top_p=0.95), stop_ids=stop_ids,
             max_new_tokens=min(cfg.sample_tokens, room), key=jax.random.key(seed),
@@ -182,32 +193,6 @@ def _sampler(cfg: TrainConfig, tokenizer: Tokenizer, prompt: str, seed: int) -> 
         return tokenizer.decode(tokenizer.encode(prompt) + [t for t in out[0].tokens if t not in stop_ids])
 
     return sample
-
-
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """A function that is True once SIGTERM or SIGINT has arrived; the second one leaves at once.
-
-    In a thread that cannot handle signals (a notebook's, a server's) it stays False.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from jaxlm.train import loop
 
 def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     """Trains on the rows of the tokenize stage."""
+    parallel.connect()
     parallel.use_all_cores()
     tokenizer = tokenizer_of(inputs)
     options = spec.section("train", TrainOptions)

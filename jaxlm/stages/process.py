@@ -22,12 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from jaxlm._compiled import remove_damaged_of_environment
 from jaxlm._disk import os_errno
 from jaxlm._lock import dir_lock
 from jaxlm.errors import BY_EXIT_CODE, DiskError, InputError, JaxlmError, Preempted
-from jaxlm.stages.provenance import environment
+from jaxlm.launch.protocol import n_processes, process_id
+from jaxlm.stages import provenance
 from jaxlm.stages.spec import Manifest, Spec
-from jaxlm.stages.store import check, digest, read_manifest, read_spec, write_json, write_manifest
+from jaxlm.stages.store import check, damage, digest, read_manifest, read_spec, write_json, write_manifest
 
 StageRun = Callable[[Spec, Mapping[str, Manifest]], Mapping[str, Any]]
 
@@ -52,11 +54,17 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
     directory = Path(arguments[0])
     follow_parent()
     signal.signal(signal.SIGTERM, _terminate)
+    remove_damaged_of_environment()
     with _log_copied_to(directory / "log.txt" if COPY_LOG in os.environ else None):
         code, sentence = _guarded(run, directory)
     if sentence:
-        _tell(directory, code, sentence)
+        tell(directory, code, sentence)
     raise SystemExit(code)
+
+
+def is_stage_process() -> bool:
+    """Whether this process is a stage's own, by `main`, and may be ended as a whole."""
+    return signal.getsignal(signal.SIGTERM) is _terminate
 
 
 def execute(spec: Spec, run: StageRun) -> Manifest:
@@ -68,6 +76,8 @@ def execute(spec: Spec, run: StageRun) -> Manifest:
         InputError: the directory is in use, an input is missing or damaged, or the stage found its input wrong.
         JaxlmError: whatever the stage met.
     """
+    if process_id() > 0:
+        return _assist(spec, run)
     with dir_lock(spec.directory):
         manifest, _ = check(spec)
         if manifest is not None:
@@ -75,20 +85,29 @@ def execute(spec: Spec, run: StageRun) -> Manifest:
         (spec.directory / "manifest.json").unlink(missing_ok=True)  # what follows may change its outputs
         inputs = {name: _input(spec, name) for name in spec.inputs}
         _check_files(spec)
+        provenance.write(spec, inputs)
         started, clock = datetime.now(UTC), time.perf_counter()
         results = run(spec, inputs)
+        made_with = provenance.environment()
         return write_manifest(
-            spec, results, seconds=time.perf_counter() - clock, started=started, environment=environment()
+            spec, results, seconds=time.perf_counter() - clock, started=started, environment=made_with
         )
 
 
+def _assist(spec: Spec, run: StageRun) -> Manifest:
+    """What the processes after the first do: they take part in the stage, and leave its directory to the first."""
+    results = run(spec, {name: _input(spec, name) for name in spec.inputs})
+    return Manifest(spec, {}, results, 0.0, {}, "", "", spec.directory)
+
+
 def _input(spec: Spec, name: str) -> Manifest:
+    """The manifest of an input, every byte of which has been compared with it: what is about to be read is right."""
     directory = spec.input_directory(name)
     if not (directory / "manifest.json").is_file():
         raise InputError(f"{directory}: the input {name} of {spec.name} is not there; run its stage first.")
-    manifest, problem = check(read_manifest(directory).spec)
-    if manifest is None:
-        raise InputError(f"{problem.rstrip('.')}; run the stage {name} again.")
+    manifest = read_manifest(directory)
+    if problems := damage(manifest):
+        raise InputError(f"{problems[0].rstrip('.')}; run the stage {name} again.")
     return manifest
 
 
@@ -124,10 +143,12 @@ def _first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _tell(directory: Path, code: int, sentence: str) -> None:
+def tell(directory: Path, code: int, sentence: str) -> None:
     """Leaves the sentence for the launcher, which prints it; without a launcher, prints it here."""
     try:
-        write_json(directory / "error.json", {"exit_code": code, "message": sentence})
+        # Of processes that train together, the first to fail tells why; the others are ended for that.
+        if n_processes() == 1 or not (directory / "error.json").exists():
+            write_json(directory / "error.json", {"exit_code": code, "message": sentence})
         told = PARENT in os.environ
     except (OSError, JaxlmError):
         told = False

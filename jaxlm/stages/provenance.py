@@ -1,4 +1,8 @@
-"""What a result was made with: recorded in its manifest, shown when runs are compared, never part of an identity.
+"""What a result was made with: recorded beside it, shown when runs are compared, never part of an identity.
+
+A stage's directory holds provenance.json from its first moment on, so that a run that never finished can be told from
+another too: the resolved configuration, the versions and the code, the devices and their layout, and the digest of
+every file of its inputs. The manifest repeats the environment.
 
 Loads no jax: the devices are asked for only where the stage has loaded it already.
 """
@@ -10,25 +14,65 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from jaxlm._sealed import read_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxlm.stages.spec import Manifest, Spec
+
+FILE_NAME = "provenance.json"
 LIBRARIES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tiktoken", "tokenizers")
 VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, flags, code, devices and machine of this process, as small JSON values."""
-    return {
+def environment(*, with_devices: bool = True) -> dict[str, Any]:
+    """Versions, flags, code, devices and machine of this process, as small JSON values.
+
+    Args:
+        with_devices: False before the stage has said how many it wants: to look at them is to start them.
+    """
+    facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "code_sha256": code_hash(),
         "git": _git(),
-        "devices": _devices(),
     }
+    return facts | {"devices": devices()} if with_devices else facts
+
+
+def write(spec: Spec, inputs: Mapping[str, Manifest]) -> None:
+    """Puts provenance.json into a stage's directory, at its start."""
+    record = {
+        "settings": spec.settings,
+        "environment": environment(with_devices=False),
+        "inputs": {
+            name: {
+                "stage": manifest.spec.name,
+                "files": {file: output["sha256"] for file, output in manifest.outputs.items()},
+            }
+            for name, manifest in inputs.items()
+        },
+    }
+    write_sealed(spec.directory / FILE_NAME, record)
+
+
+def add(directory: Path, **facts: Any) -> None:
+    """Adds what only the stage itself can tell, once it has loaded jax."""
+    file = directory / FILE_NAME
+    write_sealed(file, (read_sealed(file) if file.is_file() else {}) | facts)
+
+
+def layout(mesh: Mesh) -> dict[str, int]:
+    """The axes of a mesh of devices, as a small JSON value."""
+    return {str(axis): int(size) for axis, size in mesh.shape.items()}
 
 
 def code_hash() -> str:
@@ -65,14 +109,15 @@ def _git() -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def _devices() -> dict[str, Any] | None:
+def devices() -> dict[str, Any] | None:
+    """The devices of this process, once jax has been loaded; None before."""
     jax = sys.modules.get("jax")
     if jax is None:
         return None
-    devices = jax.devices()
+    found = jax.devices()
     return {
-        "platform": devices[0].platform,
-        "kind": devices[0].device_kind,
-        "count": len(devices),
+        "platform": found[0].platform,
+        "kind": found[0].device_kind,
+        "count": len(found),
         "processes": jax.process_count(),
     }

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jaxlm._sealed import read_sealed, write_sealed
 from jaxlm.config import RunConfig
 from jaxlm.errors import InputError
 from jaxlm.stages.spec import Manifest
-from jaxlm.stages.store import read_json, write_json
 
 FIGURES = "report-files"
 REPORT_FILES = ("report.md", "report.html", "report.json")
@@ -37,13 +37,15 @@ def record(cfg: RunConfig, config_name: str, manifest: Manifest) -> Path:
     config = cfg.model_dump(mode="json")
     stages: dict[str, str] = {}
     with suppress(InputError):
-        known = read_json(folder / "run.json")
+        known = read_sealed(folder / "run.json")
         if known.get("config") == config:
             stages = dict(known["stages"])
     if not stages:
         _clear_links(folder)
     stages[manifest.stage] = os.path.relpath(manifest.directory.resolve(), folder.resolve())
-    write_json(folder / "run.json", {"name": cfg.name, "config_name": config_name, "config": config, "stages": stages})
+    write_sealed(
+        folder / "run.json", {"name": cfg.name, "config_name": config_name, "config": config, "stages": stages}
+    )
     _link(folder / manifest.stage, stages[manifest.stage])
     for name in REPORT_FILES:
         if name in manifest.outputs:
@@ -62,7 +64,7 @@ def stages_of(run: Path) -> dict[str, Path]:
     Raises:
         InputError: the directory has no readable run.json.
     """
-    values: dict[str, Any] = read_json(run / "run.json")
+    values: dict[str, Any] = read_sealed(run / "run.json")
     return {stage: (run / path).resolve() for stage, path in values.get("stages", {}).items()}
 
 

@@ -15,11 +15,26 @@ from typing import Any
 
 from jaxlm._digests import digest_file
 from jaxlm._disk import disk_errors, sync_directory, write_atomic
-from jaxlm.errors import InputError
+from jaxlm._json import read_json as read_json
+from jaxlm._sealed import read_sealed, write_sealed
+from jaxlm.errors import InputError, JaxlmError
 from jaxlm.stages.spec import Manifest, Output, Spec
 
 # Files of the frame itself, at the top of a stage's directory: no part of its result.
-FRAME_FILES = frozenset({"spec.json", "manifest.json", "error.json", "traceback.txt", "log.txt"})
+FRAME_FILES = frozenset(
+    [
+        "spec.json",
+        "manifest.json",
+        "error.json",
+        "traceback.txt",
+        "log.txt",
+        "stacks.txt",
+        "launch.json",
+        "launch.sbatch",
+        "launch.yaml",
+    ]
+)
+_AGAIN = "delete its directory and run again"
 NOT_OUTPUTS = (".part", ".tmp", ".lock")  # ends of names: files that were still being written, and locks
 
 
@@ -35,28 +50,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         write_atomic(path, text.encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: no such file, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file.") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({' '.join(str(error).split())}).") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
 def write_spec(spec: Spec) -> Path:
     """Makes the stage's directory and writes its spec.json. Returns the directory."""
     with disk_errors("make a stage", spec.directory):
         spec.directory.mkdir(parents=True, exist_ok=True)
-    write_json(spec.directory / "spec.json", spec.to_json())
+    write_sealed(spec.directory / "spec.json", spec.to_json())
     return spec.directory
 
 
@@ -64,10 +62,13 @@ def read_spec(directory: Path) -> Spec:
     """The spec in a stage's directory, with the store's place on this machine as its root.
 
     Raises:
-        InputError: there is none, or it was written by another version.
+        InputError: there is none, it is not what was written, or it is of another stage or version.
     """
-    file = directory / "spec.json"
-    return Spec.from_json(read_json(file), root=directory.resolve().parent.parent, where=str(file))
+    file, place = directory / "spec.json", directory.resolve()
+    spec = Spec.from_json(read_sealed(file, hint=_AGAIN), root=place.parent.parent, where=str(file))
+    if place.parent.name == "store" and place.name != spec.name:
+        raise InputError(f"{file}: is of {spec.name}, not of this directory; {_AGAIN}.")
+    return spec
 
 
 def write_manifest(
@@ -104,7 +105,7 @@ def write_manifest(
         finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
         directory=directory,
     )
-    write_json(directory / "manifest.json", manifest.to_json())
+    write_sealed(directory / "manifest.json", manifest.to_json())
     return manifest
 
 
@@ -112,9 +113,9 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest in a stage's directory, its files unchecked.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is none, or it is not what was written.
     """
-    return Manifest.from_json(read_json(directory / "manifest.json"), directory)
+    return Manifest.from_json(read_sealed(directory / "manifest.json", hint=_AGAIN), directory)
 
 
 def output_names(directory: Path) -> list[str]:
@@ -158,11 +159,29 @@ def verify(directory: Path) -> list[str]:
     """
     try:
         manifest = read_manifest(directory)
-    except InputError as error:
+    except JaxlmError as error:
         return [str(error)]
-    problems = [_damage(directory / name, output, trust_times=False) for name, output in manifest.outputs.items()]
+    problems = damage(manifest)
+    try:
+        if read_spec(directory).id != manifest.id:
+            problems.append(f"{directory / 'spec.json'}: is of another stage than the manifest beside it.")
+    except JaxlmError as error:
+        problems.append(str(error))
     foreign = set(output_names(directory)) - set(manifest.outputs)
-    problems += [f"{directory / name}: not listed in the manifest." for name in sorted(foreign)]
+    return problems + [f"{directory / name}: not listed in the manifest." for name in sorted(foreign)]
+
+
+def damage(manifest: Manifest) -> list[str]:
+    """Reads every output of a finished stage and compares digests; and whether it is the stage of that directory.
+
+    Returns:
+        One sentence for each file that is not what it should be.
+    """
+    directory = manifest.directory
+    place = directory.resolve()
+    if place.parent.name == "store" and place.name != manifest.spec.name:
+        return [f"{directory / 'manifest.json'}: is of {manifest.spec.name}, not of this directory."]
+    problems = [_damage(directory / name, output, trust_times=False) for name, output in manifest.outputs.items()]
     return [problem for problem in problems if problem]
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.config import TrainConfig
 from jaxlm.data import RowSet, rows_for_step
-from jaxlm.errors import DivergedError, JaxlmError, Preempted
-from jaxlm.metrics_log import MetricsLog, history
+from jaxlm.errors import Preempted
+from jaxlm.metrics_log import MetricsLog
 from jaxlm.model import Params
-from jaxlm.parallel import Layout
+from jaxlm.parallel import Layout, as_the_first
+from jaxlm.train.guards import Watchdog
+from jaxlm.train.reporting import Report
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import train_step
+from jaxlm.train.stopping import Interrupted, Stop, nothing_to_save
+
+_CLOCK_STEPS = 20  # between two looks at the clock, with several processes
 
 
 class Progress(Protocol):
@@ -37,9 +40,10 @@ class Hooks:
         log: takes the metrics.
         checkpointer: takes the states.
         meta: stored with each checkpoint, to tell it from another run's.
-        evaluate: params -> validation loss, nats per token.
+        evaluate: params -> validation loss, nats per token. It calls `stop.check` between its batches.
         sample: params -> a text, at each evaluation; None for none.
-        stop: True as soon as the run has been asked to stop.
+        stop: whether the run has been asked to stop.
+        hung: what the watchdog calls, from its thread, when a step does not come back.
         progress: called with figures of a recent step, often.
     """
 
@@ -48,7 +52,8 @@ class Hooks:
     meta: dict[str, Any]
     evaluate: Callable[[Params], float]
     sample: Callable[[Params], str] | None
-    stop: Callable[[], bool]
+    stop: Stop
+    hung: Callable[[str], None]
     progress: Progress
 
 
@@ -89,6 +94,7 @@ def fit(
     *,
     tokens: int = 0,
     train_loss: float = math.nan,
+    losses: Sequence[float] = (),
 ) -> Fitted:
     """Trains from `state.step` to `cfg.steps`.
 
@@ -102,134 +108,94 @@ def fit(
         hooks: reporting, evaluation, checkpoints.
         tokens: targets trained on before `state.step`.
         train_loss: of the step before, which is the last one when every step has been done already.
+        losses: the last ones before, for the spike guard.
 
     Raises:
-        DivergedError: a loss or gradient was not finite; names the step and the last good checkpoint.
+        DivergedError: a loss or gradient was not finite, or a loss a spike; names the last good checkpoint.
         Preempted: asked to stop; the state of the last finished step has been saved.
     """
     shardings = layout.of_state(state)
     step_fn = jax.jit(train_step, donate_argnums=1, out_shardings=(shardings, layout.whole))
-    start, seed = int(state.step), int(state.seed)
-    report = _Report(cfg, hooks, state, tokens, train_loss)
-    if 0 < start < cfg.steps and cfg.eval_every > 0 and start % cfg.eval_every == 0:
-        report.evaluate(start, state.params)  # the process before had no time for it
-    saved_at = time.monotonic()
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    start, seed, stop = int(state.step), int(state.seed), hooks.stop
 
-    for step in range(start, cfg.steps):
-        batch = layout.put_batch(rows.batch(rows_for_step(rows.n_rows, cfg.batch_size, seed, step)))
-        state, metrics = step_fn(cfg, state, batch)
-        # The metrics of a step are read after the next one is under way, so the device never waits for the host.
-        # A non-finite step is therefore noticed one step late; the halted flag keeps the state as it was.
-        if pending is not None:
+    def save(done: int, state: TrainState, val_loss: float | None = None) -> None:
+        hooks.checkpointer.save(done, items(state), meta=hooks.meta | report.meta(), metric=val_loss)
+
+    def save_whole(done: int, state: TrainState) -> None:
+        save(done, state)
+        hooks.checkpointer.wait()
+
+    def evaluate(done: int, state: TrainState) -> float | None:
+        """None when it was broken off: the time to save is short."""
+        stop.leave_with(lambda: save_whole(done, state))
+        try:
+            return report.evaluate(done, state.params)
+        except Interrupted:
+            return None
+        finally:
+            stop.leave_with(None)
+
+    with Watchdog(cfg.guards, hooks.hung) as watchdog:
+        report = Report(cfg, hooks, state, watchdog, tokens=tokens, train_loss=train_loss, losses=losses)
+        val_loss: float | None = None
+        if stop.asked:
+            raise Preempted(_stopped(start, cfg.steps))
+        if 0 < start < cfg.steps and cfg.eval_every > 0 and start % cfg.eval_every == 0:
+            # The process before had no time for it, or to save the state again with its loss.
+            if (val_loss := evaluate(start, state)) is None:
+                raise Preempted(_stopped(start, cfg.steps))
+            save(start, state, val_loss)
+        saved_at = time.monotonic()
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        stop.leave_with(nothing_to_save)  # the first step has to be compiled, which may take minutes
+
+        for step in range(start, cfg.steps):
+            batch = layout.put_rows(rows, rows_for_step(rows.n_rows, cfg.batch_size, seed, step))
+            state, metrics = step_fn(cfg, state, batch)
+            stop.leave_with(None)
+            # The metrics of a step are read after the next one is under way, so the device never waits for the host.
+            # A non-finite step is therefore noticed one step late; the halted flag keeps the state as it was.
+            if pending is not None:
+                report.step(*pending)
+            pending = (step, metrics)
+
+            done, last = step + 1, step + 1 == cfg.steps
+            stopping: bool = stop.asked
+            evaluating = last or (cfg.eval_every > 0 and done % cfg.eval_every == 0)
+            saving = (cfg.checkpoint_every > 0 and done % cfg.checkpoint_every == 0) or (
+                _looks_at_clock(done) and as_the_first(time.monotonic() - saved_at > cfg.checkpoint_seconds)
+            )
+            if not (stopping or evaluating or saving):
+                continue
             report.step(*pending)
-        pending = (step, metrics)
+            pending = None
+            val_loss = None
+            if evaluating and not stopping:
+                val_loss = evaluate(done, state)
+                stopping = val_loss is None
+            report.rest()
+            if saving or stopping or last:
+                save(done, state, val_loss)
+                saved_at = time.monotonic()
+            if stopping:
+                hooks.checkpointer.wait()
+                raise Preempted(_stopped(done, cfg.steps))
+            report.resume_clock(done + 1)
 
-        done, last = step + 1, step + 1 == cfg.steps
-        stopping = hooks.stop()
-        evaluating = cfg.eval_every > 0 and done % cfg.eval_every == 0 and not last
-        saving = (cfg.checkpoint_every > 0 and done % cfg.checkpoint_every == 0) or (
-            time.monotonic() - saved_at > cfg.checkpoint_seconds
-        )
-        if not (stopping or evaluating or saving or last):
-            continue
-        report.step(*pending)
-        pending = None
-        # Asked to stop: no evaluation, the time to save is short.
-        val_loss = report.evaluate(done, state.params) if (evaluating or last) and not stopping else None
-        if last and not stopping:
-            assert val_loss is not None
-            hooks.checkpointer.save(done, items(state), meta=hooks.meta | report.meta(), metric=val_loss)
-            hooks.checkpointer.wait()
-            return Fitted(state, report.tokens, report.loss, val_loss, report.tokens_per_s())
-        if saving or stopping:
-            hooks.checkpointer.save(done, items(state), meta=hooks.meta | report.meta(), metric=val_loss)
-            saved_at = time.monotonic()
-        if stopping:
-            hooks.checkpointer.wait()
-            raise Preempted(f"stopped on request after step {done} of {cfg.steps}, saved; run the same command again.")
-        report.resume_clock()
-
-    # Every step was done before: only the closing evaluation is missing, or was lost with its process.
-    val_loss = report.evaluate(start, state.params)
-    hooks.checkpointer.save(start, items(state), meta=hooks.meta | report.meta(), metric=val_loss)
-    hooks.checkpointer.wait()
-    return Fitted(state, report.tokens, report.loss, val_loss, report.tokens_per_s())
+        if start == cfg.steps:  # only the closing evaluation is missing, or was lost with its process
+            if (val_loss := evaluate(start, state)) is None:
+                raise Preempted(_stopped(start, cfg.steps))
+            save(start, state, val_loss)
+        hooks.checkpointer.wait()
+        assert val_loss is not None  # of the last step
+        return Fitted(state, report.tokens, report.loss, val_loss, report.tokens_per_s())
 
 
-class _Report:
-    """Counts tokens and time, writes metrics, and raises when a step was not finite."""
+def _looks_at_clock(done: int) -> bool:
+    """Processes that train together ask one another for the time, which no step should wait for."""
+    return jax.process_count() == 1 or done % _CLOCK_STEPS == 0
 
-    def __init__(self, cfg: TrainConfig, hooks: Hooks, state: TrainState, tokens: int, train_loss: float) -> None:
-        self.cfg, self.hooks = cfg, hooks
-        self.tokens, self.loss, self.seconds = tokens, train_loss, 0.0
-        self._first, self._timed_tokens, self._skipped = int(state.step), 0, int(state.skipped)
-        self._clock: float | None = None
-        self._window: list[tuple[float, int]] = []
 
-    def meta(self) -> dict[str, Any]:
-        """What must survive a restart, for the checkpoint."""
-        return {"tokens": self.tokens, "train_loss": self.loss if np.isfinite(self.loss) else None}
-
-    def tokens_per_s(self) -> float:
-        return self._timed_tokens / self.seconds if self.seconds else 0.0
-
-    def resume_clock(self) -> None:
-        """Starts timing again after an evaluation or a save."""
-        self._clock = time.monotonic()
-
-    def step(self, step: int, device_metrics: dict[str, jax.Array]) -> None:
-        metrics = jax.device_get(device_metrics)
-        now = time.monotonic()
-        count = int(metrics["tokens"])
-        # The first step of a process is mostly compilation.
-        if self._clock is not None and step > self._first:
-            self.seconds += now - self._clock
-            self._timed_tokens += count
-            self._window = [*self._window[-49:], (now - self._clock, count)]
-        self._clock = now
-        if metrics["halted"]:
-            raise DivergedError(self._diverged(step, metrics))
-        if metrics["finite"]:
-            self.tokens += count
-            self.loss = float(metrics["loss"])
-        if metrics["skipped"] > self._skipped:
-            self._skipped = int(metrics["skipped"])
-            self.hooks.log.write({"event": "skipped", "step": step + 1, "skipped": self._skipped})
-        rate = sum(n for _, n in self._window) / max(sum(s for s, _ in self._window), 1e-9) if self._window else 0.0
-        self.hooks.progress(step + 1, loss=self.loss, tokens_per_s=rate)
-        if (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps or step == 0:
-            self.hooks.log.write(
-                {
-                    "step": step + 1, "split": "train", "loss": float(metrics["loss"]), "tokens": self.tokens,
-                    "tokens_per_s": round(rate, 1), "lr": float(metrics["lr"]),
-                    "grad_norm": float(metrics["grad_norm"]), "seconds": round(self.seconds, 3),
-                    "skipped": self._skipped,
-                }
-            )  # fmt: skip
-
-    def evaluate(self, step: int, params: Params) -> float:
-        """Validation loss after `step`. Where the process before had logged it already, that figure stands."""
-        if step == self._first:
-            for record in history(self.hooks.log.path):
-                if record.get("split") == "val" and record["step"] == step and record["loss"] is not None:
-                    return float(record["loss"])
-        loss = self.hooks.evaluate(params)
-        self.hooks.log.write({"step": step, "split": "val", "loss": loss, "tokens": self.tokens})
-        if self.hooks.sample is not None:
-            self.hooks.log.write({"event": "sample", "step": step, "text": self.hooks.sample(params)})
-        return loss
-
-    def _diverged(self, step: int, metrics: dict[str, Any]) -> str:
-        with suppress(JaxlmError):  # one may be on its way to the disk; its failure matters less than this one
-            self.hooks.checkpointer.wait()
-        good = self.hooks.checkpointer.latest_saved
-        where = f"step {good} in {self.hooks.checkpointer.directory}" if good is not None else "none yet"
-        if self.cfg.on_nonfinite == "skip":
-            what = f"more than train.max_skips={self.cfg.max_skips} steps were not finite"
-        else:
-            what = f"loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])}"
-        return (
-            f"training stopped before the update of step {step + 1}: {what}; the last good checkpoint is {where}; "
-            "lower the learning rate or raise train.warmup_steps."
-        )
+def _stopped(done: int, steps: int) -> str:
+    where = f"after step {done} of {steps}, saved" if done else "before the first step"
+    return f"stopped on request {where}; run the same command again."

@@ -25,7 +25,7 @@ def finished(make_spec):
 def test_a_finished_result_is_found(finished):
     manifest = store.find(finished)
     assert isinstance(manifest, Manifest)
-    assert set(manifest.outputs) == {"metrics.jsonl", "deep/out.txt"}
+    assert set(manifest.outputs) == {"metrics.jsonl", "deep/out.txt", "provenance.json"}
     # sha256sum of the text "fake 0\n", by coreutils
     assert manifest.outputs["deep/out.txt"] == {
         "bytes": 7,

@@ -1,0 +1,68 @@
+"""Whether a run is byte by byte what was written: its stages, their checkpoints, its own notes. Loads no jax."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxlm._digests import digest_file
+from jaxlm._sealed import read_sealed
+from jaxlm.errors import InputError, JaxlmError
+from jaxlm.stages import runs, store
+
+
+def verify_place(place: Path) -> list[str]:
+    """Reads every file of a run, or of one stage, and names each that is damaged, missing or foreign.
+
+    Args:
+        place: as `runs.resolve` finds it.
+
+    Returns:
+        One sentence for each; empty when all is whole.
+
+    Raises:
+        InputError: there is neither a run nor a stage.
+    """
+    if not (place / "run.json").exists():
+        if not (place / "manifest.json").exists() and not (place / "spec.json").exists():
+            missing = "run.json" if place.resolve().parent.name == "runs" else "manifest.json"
+            raise InputError(f"{place}: neither a run nor a stage, it has no {missing}; name one of those.")
+        return store.verify(place)
+    try:
+        notes = read_sealed(place / "run.json", hint="run the command of this run again, which writes it anew")
+        stages = runs.stages_of(place)
+    except JaxlmError as error:
+        return [str(error)]
+    problems = []
+    if notes.get("name") != place.resolve().name:
+        problems.append(f"{place / 'run.json'}: is of the run {notes.get('name')!r}, not of this directory.")
+    for stage, directory in stages.items():
+        problems += store.verify(directory)
+        link = place / stage
+        if link.exists() and link.resolve() != directory:
+            problems.append(f"{link}: points at {link.resolve()}, and run.json says {directory}.")
+    return problems + _copies(place, stages.get("evaluate"))
+
+
+def stages_in(place: Path) -> int:
+    """How many stages a run has; 1 for a stage."""
+    return len(runs.stages_of(place)) if (place / "run.json").is_file() else 1
+
+
+def _copies(place: Path, evaluate: Path | None) -> list[str]:
+    """The run's copies of its report, compared with the digests of the stage that made it."""
+    if evaluate is None:
+        return []
+    try:
+        outputs = store.read_manifest(evaluate).outputs
+    except JaxlmError:
+        return []  # named already
+    problems = []
+    for name in runs.REPORT_FILES:
+        if name not in outputs:
+            continue
+        copy = place / name
+        if not copy.is_file():
+            problems.append(f"{copy}: missing.")
+        elif digest_file(copy)[1] != outputs[name]["sha256"]:
+            problems.append(f"{copy}: is not the {name} that {evaluate} made.")
+    return problems

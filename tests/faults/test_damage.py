@@ -1,0 +1,129 @@
+"""Every file of a finished run, damaged in five ways: named by `verify`, refused by the stage that would read it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+
+from jaxlm.config import load
+from jaxlm.errors import InputError
+from jaxlm.stages import process, store, verification
+from jaxlm.stages.runner import run_chain
+from jaxlm.stages.spec import Spec
+
+QUICK_COMPILE = True
+
+# Told to people, read by nobody: what happens to them changes nothing.
+UNREAD = {".lock", "log.txt"}
+STAGES = ("download", "tokenize", "pretrain", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def two(letters_run, tmp_path_factory) -> tuple[Path, Path]:
+    """The roots of two runs of other texts, rates and lengths."""
+    ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
+    shutil.copytree(letters_run.root, ours, symlinks=True, dirs_exist_ok=True, copy_function=shutil.copy2)
+    text = theirs / "other.txt"
+    text.write_text("a cow and a hen met by the old barn; both of them ran. " * 37)
+    overrides = [f"data.path={text}", "train.learning_rate=0.2", "train.steps=9"]
+    run_chain(load(letters_run.config, overrides).replace(root=str(theirs)), echo=lambda line: None)
+    return ours, theirs
+
+
+def files(place: Path) -> list[Path]:
+    """All regular files, of the store by their stage; links are what they point at."""
+    return sorted(path for path in place.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def counterpart(path: Path, ours: Path, theirs: Path) -> Path:
+    """The file in the same place of the other run; of those with names drawn at random, one of the same kind."""
+    stage, *rest = path.relative_to(ours / "store").parts
+    (other,) = theirs.glob(f"store/{stage.partition('-')[0]}-*")
+    same = other.joinpath(*rest)
+    if same.is_file():
+        return same
+    alike = [p for p in files(other) if p.suffix == path.suffix and p.read_bytes() != path.read_bytes()]
+    return max(alike, key=lambda p: p.parts[-2] == path.parts[-2])
+
+
+def refused(directory: Path) -> str:
+    """How a stage that reads the result in `directory` refuses it; fails when it would have begun to work."""
+
+    def work(spec: Spec, inputs: Any) -> Any:
+        raise AssertionError("the stage has begun to read a damaged input")
+
+    stage, _, number = directory.name.partition("-")
+    root = str(directory.parent.parent)
+    reader = Spec("reader", 1, {}, inputs={stage: {"stage": stage, "id": number}}, root=root)
+    with pytest.raises(InputError) as caught:
+        process.execute(reader, work)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", harness.DAMAGES)
+def test_no_damage_to_a_stage_is_silent(two, kind):
+    """Times and, where they can be, sizes stay as they were: only the bytes tell."""
+    ours, theirs = two
+    tried = 0
+    for directory in (path for path in sorted(ours.glob("store/*")) if path.name.partition("-")[0] in STAGES):
+        assert store.verify(directory) == []
+        for path in files(directory):
+            if path.name in UNREAD:
+                continue
+            other = counterpart(path, ours, theirs) if kind == "swap" else None
+            if other is not None and other.read_bytes() == path.read_bytes():
+                continue  # the same in both runs: no damage
+            with harness.damaged(path, kind, other):
+                named = store.verify(directory)
+                assert named, path
+                assert path.name in named[0], (path, named)
+                if path.name != "spec.json":  # read by its own stage alone
+                    assert path.name in refused(directory), path
+                else:
+                    with pytest.raises(InputError, match=r"spec\.json: "):
+                        store.read_spec(directory)
+            tried += 1
+        assert store.verify(directory) == []
+    assert tried > 60
+
+
+@pytest.mark.parametrize("kind", harness.DAMAGES)
+def test_no_damage_to_a_runs_notes_is_silent(two, kind):
+    ours, theirs = two
+    (run,) = ours.glob("runs/*")
+    (other_run,) = theirs.glob("runs/*")
+    found = [path for path in run.iterdir() if path.is_file() and not path.is_symlink()]
+    assert {"run.json", "report.json", "report.md", "report.html"} == {path.name for path in found}
+    for path in found:
+        with harness.damaged(path, kind, other_run / path.name):
+            try:
+                named = verification.verify_place(run)
+            except InputError as error:  # without run.json it is no run
+                named = [str(error)]
+            # run.json of a run of the same name is whole; what it points at is not there
+            assert named, path
+            assert any(path.name in sentence or "no such" in sentence for sentence in named), named
+    assert verification.verify_place(run) == []
+
+
+def test_the_model_beside_the_checkpoints_is_read_only_as_it_was_written(two):
+    """`sample` and `chat` take a model without its stage's manifest: the checkpoint vouches for the rest."""
+    from jaxlm.stages import saved
+
+    (directory,) = two[0].glob("store/pretrain-*")
+    for name in ("model.json", "tokenizer.jaxlm.json"):
+        for kind in ("flip", "zero", "truncate", "remove"):
+            with harness.damaged(directory / name, kind):
+                try:
+                    found = saved.load(directory)
+                except InputError:
+                    continue
+                # A byte that carries nothing, such as a line end at the end: what is read is the same.
+                assert kind == "truncate"
+                read = (found.cfg, found.tokenizer.fingerprint)
+            whole = saved.load(directory)
+            assert read == (whole.cfg, whole.tokenizer.fingerprint)

@@ -1,0 +1,74 @@
+"""Stages as processes: a disk that fills up, a step that hangs, a process that is stopped for a while, and kill -9."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import harness
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+QUICK_COMPILE = True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [300, 1500, 6000, 40_000])
+def test_a_disk_that_fills_up(make_chain, unbroken, size):
+    """No file may grow beyond `size`: another one fails each time. The sentence, code 74, and then it continues."""
+    chain = make_chain()
+    with chain.process("pretrain", file_size=size) as stage:
+        code, error = stage.end()
+    assert code == 74, error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1, error
+    with chain.process("pretrain") as stage:
+        assert stage.end() == (0, "")
+    assert harness.outcome(chain.directory("pretrain")) == unbroken
+
+
+def test_a_step_that_hangs_ends_the_run_with_the_stacks(make_chain, unbroken, tmp_path):
+    """As when a peer has stopped answering: the main thread waits for ever."""
+    chain = make_chain(train={"guards": {"hang_factor": 2, "hang_seconds": 1.0}})
+    hold = harness.Hold("jaxlm.train.loop:rows_for_step", tmp_path / "held", 120.0, call=14)
+    with chain.process("pretrain", hold=hold) as stage:
+        stage.until_held()
+        began = time.monotonic()
+        code, error = stage.end()
+    assert code == 69, error  # away, and worth a retry
+    assert time.monotonic() - began < 60
+    assert "has not ended in 1 s, where the usual step takes" in error
+    stacks = (chain.directory("pretrain") / "stacks.txt").read_text()
+    assert "in held" in stacks  # where the main thread was
+    assert "loop.py" in stacks
+    with chain.process("pretrain") as stage:
+        assert stage.end() == (0, "")
+    assert harness.outcome(chain.directory("pretrain")) == unbroken
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_for_a_while_is_not_taken_for_one_that_hangs(make_chain, unbroken, tmp_path):
+    chain = make_chain(train={"guards": {"hang_factor": 2, "hang_seconds": 2.0}})
+    # Held for a second in a step: stopped there, the step takes far longer than two seconds by the clock.
+    hold = harness.Hold("jaxlm.train.loop:rows_for_step", tmp_path / "held", 0.5, call=14)
+    with chain.process("pretrain", hold=hold) as stage:
+        stage.until_held()
+        stage.send(signal.SIGSTOP)
+        time.sleep(5)
+        stage.send(signal.SIGCONT)
+        assert stage.end() == (0, "")
+    assert harness.outcome(chain.directory("pretrain")) == unbroken
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing(tmp_path):
+    import kill_everything
+
+    said: list[str] = []
+    found = kill_everything.run(tmp_path, kills=30, seed=None, say=said.append)
+    assert (found.kills, found.lost, found.silent) == (30, 0, 0), "\n".join(said)
+    assert found.cached_programs > 0
+    assert found.damaged_programs == [], "\n".join(said)

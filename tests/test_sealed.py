@@ -1,0 +1,46 @@
+"""JSON files with a digest of their own: any change to any byte shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxlm._sealed import read_sealed, write_sealed
+from jaxlm.errors import InputError
+
+VALUE = {"name": "naïve 数据", "numbers": [1, 2.5, 1e-300, None, True], "deep": {"b": {}, "a": "x"}}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "a.json", VALUE)
+    assert read_sealed(tmp_path / "a.json") == VALUE
+    assert list(read_sealed(tmp_path / "a.json")) == list(VALUE)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_flipped_bit_in_any_byte_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_sealed(path, VALUE)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        with pytest.raises(InputError, match=r"a\.json: "):
+            read_sealed(path)
+    for other in (data + b"\n", data[:-1], b"", data * 2, bytes(len(data))):
+        path.write_bytes(other)
+        with pytest.raises(InputError, match=r"a\.json: .*; make it again\."):
+            read_sealed(path, hint="make it again")
+
+
+def test_a_file_from_before_there_were_seals_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(VALUE))
+    assert read_sealed(path) == VALUE
+
+
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_sealed(tmp_path / "a.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
