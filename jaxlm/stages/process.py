@@ -104,7 +104,9 @@ def _input(spec: Spec, name: str) -> Manifest:
     """The manifest of an input, every byte of which has been compared with it: what is about to be read is right."""
     directory = spec.input_directory(name)
     if not (directory / "manifest.json").is_file():
-        raise InputError(f"{directory}: the input {name} of {spec.name} is not there; run its stage first.")
+        raise InputError(
+            f"{directory / 'manifest.json'}: the input {name} of {spec.name} is not there; run its stage first."
+        )
     manifest = read_manifest(directory)
     if problems := damage(manifest):
         raise InputError(f"{problems[0].rstrip('.')}; run the stage {name} again.")

@@ -25,7 +25,11 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-@pytest.fixture(params=MODELS)
+# gpt2 has no trait that the others do not have together, and each model compiles for seconds.
+_PARAMS = [pytest.param(name, marks=pytest.mark.slow if name == "gpt2" else ()) for name in MODELS]
+
+
+@pytest.fixture(params=_PARAMS)
 def cfg(request: pytest.FixtureRequest) -> ModelConfig:
     return MODELS[request.param]
 

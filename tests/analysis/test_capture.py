@@ -174,6 +174,7 @@ def test_wildcards_stand_for_one_part_of_a_name_and_the_order_is_the_models(mode
         ("blocks.2.out", "blocks.1.out"),  # this model has blocks 0 and 1
         ("logit", "logits"),
         ("blocks.*.norm", "blocks.1.mlp.out"),
+        ("blocks.*", "blocks.0.out"),
         ("", "embed"),
     ],
 )

@@ -18,7 +18,9 @@ lens = jax.jit(analysis.logit_lens)
 summary = jax.jit(analysis.lens_summary)
 
 
-def test_the_last_place_is_the_models_own_prediction(cfg, weights, tokens):
+@pytest.mark.parametrize("name", ["nano", "lesson_sinusoidal"])  # with a final norm, and without
+def test_the_last_place_is_the_models_own_prediction(models, weights, tokens, name):
+    cfg = models[name]
     got = lens(cfg, weights(cfg), tokens)
     assert got.shape == (3, 2, 6, 11)
     assert got.dtype == jnp.float32

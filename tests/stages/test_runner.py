@@ -88,7 +88,7 @@ def test_by_hand_the_sentence_goes_to_stderr(make_spec):
     assert done.stderr == "data.path=x.txt: no such file; give one that exists.\n"
     done = subprocess.run([sys.executable, "-m", "fake_stage", directory / "no"], capture_output=True, text=True)
     assert done.returncode == 65
-    assert done.stderr.endswith("spec.json: no such file.\n")
+    assert done.stderr.endswith("spec.json: no such file; delete its directory and run again.\n")
     assert done.stderr.count("\n") == 1
 
 

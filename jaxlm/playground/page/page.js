@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const LABELS = {
   temperature: ["temperature", 0.05], top_k: ["top-k", 1], top_p: ["top-p", 0.01], seed: ["seed", 0],
-  beams: ["beams", 1], max_new_tokens: ["longest answer, tokens", 1],
+  beams: ["beams", 1], max_new_tokens: ["most tokens", 1],
 };
 let told; // what /api/models said
 let running = null; // the AbortController of the request under way
