@@ -17,6 +17,9 @@ QUICK_COMPILE = True
 lens = jax.jit(analysis.logit_lens)
 summary = jax.jit(analysis.lens_summary)
 
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2]] * 2, np.int32)
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2]] * 2, np.int32)
+
 
 @pytest.mark.parametrize("name", ["nano", "lesson_sinusoidal"])  # with a final norm, and without
 def test_the_last_place_is_the_models_own_prediction(models, weights, tokens, name):
@@ -24,7 +27,7 @@ def test_the_last_place_is_the_models_own_prediction(models, weights, tokens, na
     got = lens(cfg, weights(cfg), tokens)
     assert got.shape == (3, 2, 6, 11)
     assert got.dtype == jnp.float32
-    expected = jax.nn.log_softmax(jax.jit(jaxlm.apply)(cfg, weights(cfg), tokens))
+    expected = jax.jit(lambda p: jax.nn.log_softmax(jaxlm.apply(cfg, p, tokens)))(weights(cfg))
     np.testing.assert_allclose(got[-1], expected, atol=2e-5)
     np.testing.assert_allclose(np.exp(got).sum(-1), 1, atol=1e-5)
     assert np.abs(got[0] - got[-1]).max() > 0.1  # the blocks do something
@@ -33,26 +36,33 @@ def test_the_last_place_is_the_models_own_prediction(models, weights, tokens, na
 def test_blocks_that_add_nothing_change_no_prediction(models, weights, tokens):
     cfg = models["gpt2"]
     params = weights(cfg)
-    zero = jax.tree.map(jnp.zeros_like, {"o": params["blocks"]["attn"]["o"], "down": params["blocks"]["mlp"]["down"]})
-    attn, mlp = {**params["blocks"]["attn"], "o": zero["o"]}, {**params["blocks"]["mlp"], "down": zero["down"]}
+    zero = jax.tree.map(np.zeros_like, params["blocks"])
+    attn = {**params["blocks"]["attn"], "o": zero["attn"]["o"]}
+    mlp = {**params["blocks"]["mlp"], "down": zero["mlp"]["down"]}
     idle = {**params, "blocks": {**params["blocks"], "attn": attn, "mlp": mlp}}
-    got = np.asarray(lens(cfg, idle, tokens))
+    got = np.asarray(lens(cfg, idle, tokens, segment_ids=SEGMENTS, positions=POSITIONS))
     np.testing.assert_allclose(got[0], got[2], atol=1e-6)
 
 
 def test_segments_are_kept_apart(models, weights, tokens):
+    """Another first text changes nothing about the second."""
     cfg = models["gpt2"]
-    segments = np.array([[1, 1, 1, 2, 2, 2]] * 2, np.int32)
-    positions = np.array([[0, 1, 2, 0, 1, 2]] * 2, np.int32)
-    both = lens(cfg, weights(cfg), tokens, segment_ids=segments, positions=positions)
-    alone = lens(cfg, weights(cfg), tokens[:, 3:])
-    np.testing.assert_allclose(both[:, :, 3:], alone, atol=2e-5)
+    other = np.concatenate([(tokens[:, :3] + 1) % 11, tokens[:, 3:]], axis=1)
+    one, two = (lens(cfg, weights(cfg), x, segment_ids=SEGMENTS, positions=POSITIONS) for x in (tokens, other))
+    np.testing.assert_array_equal(one[:, :, 3:], two[:, :, 3:])
+    assert np.abs(np.asarray(one)[:, :, :3] - np.asarray(two)[:, :, :3]).max() > 0.1
+
+
+def test_positions_reach_the_model(models, weights, tokens):
+    cfg = models["gpt2"]
+    one, two = (lens(cfg, weights(cfg), tokens, segment_ids=SEGMENTS, positions=p) for p in (POSITIONS, POSITIONS + 1))
+    assert np.abs(np.asarray(one) - np.asarray(two)).max() > 0.1
 
 
 def test_the_summary_by_hand():
     # Two places of the stream, one text of two tokens, two next tokens possible.
     probs = np.array([[[[0.5, 0.5], [0.9, 0.1]]], [[[0.2, 0.8], [0.75, 0.25]]]], np.float32)
-    found = summary(np.log(probs), jnp.array([[1, 0]]))
+    found = summary(np.log(probs), np.array([[1, 0]]))
     np.testing.assert_allclose(
         found.nats, [-(math.log(0.5) + math.log(0.9)) / 2, -(math.log(0.8) + math.log(0.75)) / 2], rtol=1e-6
     )
@@ -60,7 +70,7 @@ def test_the_summary_by_hand():
     first = 0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5)
     second = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
     np.testing.assert_allclose(found.divergence, [(first + second) / 2, 0], atol=1e-6)
-    masked = summary(np.log(probs), jnp.array([[1, 0]]), jnp.array([[0, 1]]))
+    masked = summary(np.log(probs), np.array([[1, 0]]), np.array([[0, 1]]))
     np.testing.assert_allclose(masked.nats, [-math.log(0.9), -math.log(0.75)], rtol=1e-6)
 
 

@@ -67,7 +67,7 @@ def test_the_manifest_asks_for_what_is_configured(launcher, make_job):
     assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-topology": "2x4", "zone": "a"}
     (container,) = pod["containers"]
     assert container["command"] == ["python", "-m", "jaxlm.stages.pretrain", "it's: here"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     env = {item["name"]: item.get("value") for item in container["env"]}
     assert env["GREETING"] == "a: 'b'"
     # The DNS name that JobSet's documentation gives to pod 0: <jobset>-<job>-<replica>-<index>.<subdomain>.
