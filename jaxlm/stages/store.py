@@ -65,7 +65,9 @@ def read_spec(directory: Path) -> Spec:
         InputError: there is none, it is not what was written, or it is of another stage or version.
     """
     file, place = directory / "spec.json", directory.resolve()
-    spec = Spec.from_json(read_sealed(file, hint=_AGAIN), root=place.parent.parent, where=str(file))
+    spec = Spec.from_json(
+        read_sealed(file, hint=_AGAIN if file.exists() else ""), root=place.parent.parent, where=str(file)
+    )
     if place.parent.name == "store" and place.name != spec.name:
         raise InputError(f"{file}: is of {spec.name}, not of this directory; {_AGAIN}.")
     return spec

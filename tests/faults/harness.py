@@ -113,12 +113,12 @@ class StageProcess:
 CONFIG: dict[str, Any] = {
     "name": "faults",
     "data": {"n_stories": 60, "n_val_stories": 4, "seq_len": 32},
-    "model": {"kind": "bigram"},
+    "model": {"kind": "bigram", "max_seq_len": 256},
     "train": {
         "steps": 24, "batch_size": 4, "grad_accum_steps": 2, "learning_rate": 0.01, "log_every": 1, "eval_every": 8,
         "eval_rows": 4, "checkpoint_every": 3, "sample_tokens": 0,
     },
-    "sft": {"n_examples": 60, "train": {
+    "sft": {"n_examples": 60, "seq_len": 256, "train": {
         "steps": 9, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "eval_every": 4, "checkpoint_every": 2,
         "sample_tokens": 0,
     }},
