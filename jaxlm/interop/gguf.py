@@ -172,12 +172,12 @@ def _unpermuted(cfg: ModelConfig, place: str) -> np.ndarray | None:
 
 def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     """The package's reader, and the metadata as Python values."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the path of a .gguf file.")
     try:
         import gguf
     except ImportError:
         raise InputError(f"{path}: GGUF files need the gguf package; pip install 'jaxlm[gguf]'.") from None
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the path of a .gguf file.")
 
     class Reader(gguf.GGUFReader):
         """With bounds checked: a slice beyond the end of the file is silently shorter, and its values wrong."""

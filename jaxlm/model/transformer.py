@@ -276,17 +276,18 @@ def _blocks(
     layer_by_layer = isinstance(blocks, tuple) or (cache is not None and isinstance(cache.k, tuple))
     if cfg.scan_layers and not layer_by_layer:
         keys = None if layer_keys is None else jnp.stack(layer_keys)
-        held = None if cache is None else (cache.k, cache.v)
+        held = None if cache is None else _by_head((cache.k, cache.v))
         x, held = jax.lax.scan(lambda x, layer: run(x, *layer), x, (blocks, held, keys))
         if cache is None or held is None:
             return x, None
-        return x, Cache(held[0], held[1], cache.length + t)
+        return x, Cache(*_by_head(held), cache.length + t)
 
     layers = blocks if isinstance(blocks, tuple) else unstack(blocks, cfg.n_layers)
     new: list[Any] = []
     for i, layer in enumerate(layers):
         with jax.named_scope(f"block{i}"):
             held = None if cache is None else (cache.k[i], cache.v[i])
+            held = _by_head(held) if cache is not None and not isinstance(cache.k, tuple) else held
             x, held = run(x, layer, held, None if layer_keys is None else layer_keys[i])
             new.append(held)
     if cache is None:
@@ -294,7 +295,12 @@ def _blocks(
     k, v = tuple(item[0] for item in new), tuple(item[1] for item in new)
     if isinstance(cache.k, tuple):
         return x, Cache(k, v, cache.length + t)
-    return x, Cache(jnp.stack(k), jnp.stack(v), cache.length + t)
+    return x, Cache(*_by_head((jnp.stack(k), jnp.stack(v))), cache.length + t)
+
+
+def _by_head(held: Any) -> Any:
+    """Keys and values [..., S, K, h] as blocks take them, [..., K, S, h], or the way back."""
+    return held[0].swapaxes(-3, -2), held[1].swapaxes(-3, -2)
 
 
 def unstack(blocks: Params, n_layers: int) -> tuple[Params, ...]:

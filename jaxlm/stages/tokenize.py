@@ -79,8 +79,8 @@ def encode_all(
         done: index of a document -> the ids of it and of those after it, encoded beforehand (`jaxlm.stages.pieces`).
     """
     out: list[np.ndarray | None] = [None] * len(documents)
-    for start, ids in (done or {}).items():
-        out[start : start + len(ids)] = ids
+    for start, encoded in (done or {}).items():
+        out[start : start + len(encoded)] = list(encoded)
     missing = [index for index, ids in enumerate(out) if ids is None]
     texts_left = [documents[index] for index in missing]
     total = sum(map(len, texts_left))

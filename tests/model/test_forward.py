@@ -156,11 +156,13 @@ def test_layers_and_caches_as_tuples_equal_stacked_ones(models, weights, tokens)
     cfg = models["nano"]
     params = weights(cfg)
     apart = params | {"blocks": model.unstack(params["blocks"], cfg.n_layers)}
-    out, cache = decode(cfg, apart, tokens[:, :4], model.init_cache(cfg, 3, 7, stacked=False))
+    apart_empty = model.init_cache(cfg, 3, 7, stacked=False)
+    out, cache = decode(cfg, apart, tokens[:, :4], apart_empty)
     expected, stacked = decode(cfg, params, tokens[:, :4], model.init_cache(cfg, 3, 7))
     np.testing.assert_allclose(out, expected, **TIGHT)
-    np.testing.assert_allclose(np.stack(cache.k), stacked.k, **TIGHT)
-    np.testing.assert_allclose(np.stack(cache.v), stacked.v, **TIGHT)
+    assert apart_empty.capacity == stacked.capacity == 7
+    np.testing.assert_allclose(np.stack(cache.k).swapaxes(2, 3), stacked.k, **TIGHT)  # [L, B, K, S, h]: heads first
+    np.testing.assert_allclose(np.stack(cache.v).swapaxes(2, 3), stacked.v, **TIGHT)
 
 
 def test_scan_decodes_as_unrolled_layers_do(models, weights, tokens):
@@ -179,9 +181,9 @@ def test_scan_decodes_as_unrolled_layers_do(models, weights, tokens):
 def test_writes_beyond_the_cache_are_dropped():
     from jaxlm.model.cache import write, write_tokens
 
-    cache = jnp.zeros((2, 4, 1, 1))
-    out = write(cache, jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1), jnp.array([3, 1]))
-    np.testing.assert_array_equal(out[:, :, 0, 0], [[0, 0, 0, 1], [0, 3, 4, 0]])
+    cache = jnp.zeros((2, 1, 4, 1))
+    out = write(cache, jnp.arange(1.0, 5.0).reshape(2, 1, 2, 1), jnp.array([3, 1]))
+    np.testing.assert_array_equal(out[:, 0, :, 0], [[0, 0, 0, 1], [0, 3, 4, 0]])
     ids = write_tokens(jnp.zeros((2, 3), jnp.int32), jnp.array([[5, 6], [7, 8]]), jnp.array([2, 0]))
     np.testing.assert_array_equal(ids, [[0, 0, 5], [7, 8, 0]])
 
