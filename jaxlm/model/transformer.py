@@ -280,7 +280,8 @@ def _blocks(
         x, held = jax.lax.scan(lambda x, layer: run(x, *layer), x, (blocks, held, keys))
         if cache is None or held is None:
             return x, None
-        return x, Cache(*_by_head(held), cache.length + t)
+        k, v = _by_head(held)
+        return x, Cache(k, v, cache.length + t)
 
     layers = blocks if isinstance(blocks, tuple) else unstack(blocks, cfg.n_layers)
     new: list[Any] = []
@@ -293,9 +294,9 @@ def _blocks(
     if cache is None:
         return x, None
     k, v = tuple(item[0] for item in new), tuple(item[1] for item in new)
-    if isinstance(cache.k, tuple):
-        return x, Cache(k, v, cache.length + t)
-    return x, Cache(*_by_head((jnp.stack(k), jnp.stack(v))), cache.length + t)
+    if not isinstance(cache.k, tuple):
+        k, v = _by_head((jnp.stack(k), jnp.stack(v)))
+    return x, Cache(k, v, cache.length + t)
 
 
 def _by_head(held: Any) -> Any:
