@@ -26,7 +26,7 @@ from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.stages.stopping import end_hung, stop_requested
 from jaxlm.tokenizers import Tokenizer
 from jaxlm.train import loop
-from jaxlm.train.stopping import Stop
+from jaxlm.train.stopping import Stop, nothing_to_save
 
 Start = Callable[[TrainConfig], train.TrainState]
 
@@ -79,6 +79,7 @@ def fit_stage(
     with ExitStack() as stack:
         alone = jax.process_count() == 1
         stop = stack.enter_context(stop_requested(directory)) if alone else Stop(parallel.asked_together())
+        stop.leave_with(nothing_to_save)  # reading or making a large state may take minutes
         checkpointer = stack.enter_context(
             Checkpointer(directory / saved.CHECKPOINTS, keep_latest=cfg.keep_checkpoints)
         )

@@ -29,7 +29,16 @@ from jaxlm.errors import BY_EXIT_CODE, DiskError, InputError, JaxlmError, Preemp
 from jaxlm.launch.protocol import n_processes, process_id
 from jaxlm.stages import provenance
 from jaxlm.stages.spec import Manifest, Spec
-from jaxlm.stages.store import check, damage, digest, read_manifest, read_spec, write_json, write_manifest
+from jaxlm.stages.store import (
+    check,
+    damage,
+    digest,
+    discard_damaged,
+    read_manifest,
+    read_spec,
+    write_json,
+    write_manifest,
+)
 
 StageRun = Callable[[Spec, Mapping[str, Manifest]], Mapping[str, Any]]
 
@@ -82,6 +91,8 @@ def execute(spec: Spec, run: StageRun) -> Manifest:
         manifest, _ = check(spec)
         if manifest is not None:
             return manifest
+        for sentence in discard_damaged(spec.directory):
+            print(f"{sentence.rstrip('.')}; it is made again.", flush=True)
         (spec.directory / "manifest.json").unlink(missing_ok=True)  # what follows may change its outputs
         inputs = {name: _input(spec, name) for name in spec.inputs}
         _check_files(spec)
@@ -109,7 +120,8 @@ def _input(spec: Spec, name: str) -> Manifest:
         )
     manifest = read_manifest(directory)
     if problems := damage(manifest):
-        raise InputError(f"{problems[0].rstrip('.')}; run the stage {name} again.")
+        # Who looks for a result trusts sizes and times, so what only its bytes tell must go before it is made again.
+        raise InputError(f"{problems[0].rstrip('.')}; remove that file and run the stage {name} again.")
     return manifest
 
 
@@ -227,6 +239,8 @@ def read_error(directory: Path, code: int) -> JaxlmError:
             return BY_EXIT_CODE.get(code, JaxlmError)(left["message"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
+    if -code in (signal.SIGTERM, signal.SIGINT):  # while it was still being loaded, before it could listen
+        return Preempted(f"{directory.name}: stopped on request before it began; run the same command to continue.")
     if code < 0:
         how = f"was killed by {_signal_name(-code)}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
         return JaxlmError(f"{directory.name}: {how}; run the same command to continue (log: {directory / 'log.txt'}).")

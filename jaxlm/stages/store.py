@@ -34,7 +34,9 @@ FRAME_FILES = frozenset(
         "launch.yaml",
     ]
 )
-_AGAIN = "delete its directory and run again"
+# What to do about a damaged one: nothing but the file itself has to go.
+_SPEC_AGAIN = "remove it and run the command again, which writes it anew"
+_MANIFEST_AGAIN = "remove it and run its stage again, which keeps what is whole"
 NOT_OUTPUTS = (".part", ".tmp", ".lock")  # ends of names: files that were still being written, and locks
 
 
@@ -66,10 +68,10 @@ def read_spec(directory: Path) -> Spec:
     """
     file, place = directory / "spec.json", directory.resolve()
     spec = Spec.from_json(
-        read_sealed(file, hint=_AGAIN if file.exists() else ""), root=place.parent.parent, where=str(file)
+        read_sealed(file, hint=_SPEC_AGAIN if file.exists() else "name the directory of a stage"), root=place.parent.parent, where=str(file)
     )
     if place.parent.name == "store" and place.name != spec.name:
-        raise InputError(f"{file}: is of {spec.name}, not of this directory; {_AGAIN}.")
+        raise InputError(f"{file}: is of {spec.name}, not of this directory; {_SPEC_AGAIN}.")
     return spec
 
 
@@ -117,7 +119,8 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         InputError: there is none, or it is not what was written.
     """
-    return Manifest.from_json(read_sealed(directory / "manifest.json", hint=_AGAIN), directory)
+    file = directory / "manifest.json"
+    return Manifest.from_json(read_sealed(file, hint=_MANIFEST_AGAIN if file.exists() else "run its stage"), directory)
 
 
 def output_names(directory: Path) -> list[str]:
@@ -185,6 +188,30 @@ def damage(manifest: Manifest) -> list[str]:
         return [f"{directory / 'manifest.json'}: is of {manifest.spec.name}, not of this directory."]
     problems = [_damage(directory / name, output, trust_times=False) for name, output in manifest.outputs.items()]
     return [problem for problem in problems if problem]
+
+
+def discard_damaged(directory: Path) -> list[str]:
+    """Takes the damaged files of a finished result away, lest its stage goes on from one of them.
+
+    Checkpoints stay: their own digests tell which of them are good.
+
+    Returns:
+        One sentence for each file; none where nothing is damaged, or the stage has not finished yet.
+    """
+    if not (directory / "manifest.json").is_file():
+        return []
+    try:
+        manifest = read_manifest(directory)
+    except JaxlmError as error:
+        return [str(error)]
+    problems = []
+    for name, output in manifest.outputs.items():
+        problem = _damage(directory / name, output, trust_times=False)
+        if problem:
+            problems.append(problem)
+            if not name.startswith("checkpoints/"):
+                (directory / name).unlink(missing_ok=True)
+    return problems
 
 
 def digest(path: Path) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxlm._digests import digest_file
+from jaxlm._digests import check, digest_file
 from jaxlm._sealed import read_sealed
+from jaxlm._steps import step_folders
 from jaxlm.errors import InputError, JaxlmError
-from jaxlm.stages import runs, store
+from jaxlm.stages import provenance, runs, store
 
 
 def verify_place(place: Path) -> list[str]:
@@ -26,7 +27,7 @@ def verify_place(place: Path) -> list[str]:
         if not (place / "manifest.json").exists() and not (place / "spec.json").exists():
             missing = "run.json" if place.resolve().parent.name == "runs" else "manifest.json"
             raise InputError(f"{place}: neither a run nor a stage, it has no {missing}; name one of those.")
-        return store.verify(place)
+        return verify_stage(place)
     try:
         notes = read_sealed(place / "run.json", hint="run the command of this run again, which writes it anew")
         stages = runs.stages_of(place)
@@ -36,11 +37,40 @@ def verify_place(place: Path) -> list[str]:
     if notes.get("name") != place.resolve().name:
         problems.append(f"{place / 'run.json'}: is of the run {notes.get('name')!r}, not of this directory.")
     for stage, directory in stages.items():
-        problems += store.verify(directory)
+        problems += verify_stage(directory)
         link = place / stage
         if link.exists() and link.resolve() != directory:
             problems.append(f"{link}: points at {link.resolve()}, and run.json says {directory}.")
     return problems + _copies(place, stages.get("evaluate"))
+
+
+def verify_stage(directory: Path) -> list[str]:
+    """Reads every file of a stage; of one that has not finished, its own notes and its checkpoints.
+
+    Returns:
+        One sentence for each file that is damaged, missing or foreign, and one when the stage has not finished.
+    """
+    if (directory / "manifest.json").is_file():
+        return store.verify(directory)
+    problems = []
+    try:
+        store.read_spec(directory)
+        if (kept := directory / provenance.FILE_NAME).is_file():
+            read_sealed(kept)
+    except JaxlmError as error:
+        problems.append(str(error))
+    whole = []
+    for step, folder in sorted(step_folders(directory / "checkpoints").items()):
+        found = check(folder, step)
+        if isinstance(found, list):
+            problems += [f"{folder / damage.file}: {damage.problem}." for damage in found]
+        else:
+            whole.append(str(step))
+    saved = f"; whole checkpoints: {', '.join(whole)}" if whole else ""
+    return [
+        *problems,
+        f"{directory}: has not finished, or its manifest.json was removed{saved}; run the same command to continue.",
+    ]
 
 
 def stages_in(place: Path) -> int:

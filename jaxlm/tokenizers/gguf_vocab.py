@@ -101,6 +101,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> HFTokenizer | None:
             special_tokens=tuple(specials),
             stop_ids=_stop_ids(metadata, len(tokens)),
             chat_template=pick(metadata.get("tokenizer.chat_template"), where=where),
+            template_from=where,
         )
     except InputError as error:
         raise InputError(f"{where}: tokenizer: {error}") from None

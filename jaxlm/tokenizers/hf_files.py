@@ -38,8 +38,9 @@ def from_directory(directory: str | Path) -> HFTokenizer:
     older = _read(folder / "special_tokens_map.json")
     stops = _stop_ids(folder / "generation_config.json")
     template = pick(config.get("chat_template"), where=f"{folder / CONFIG}: field chat_template")
-    if (folder / TEMPLATE).is_file():
-        template = _text(folder / TEMPLATE)
+    source = folder / (TEMPLATE if (folder / TEMPLATE).is_file() else CONFIG)
+    if source.name == TEMPLATE:
+        template = _text(source)
     specials = ((role, _content(config.get(role) or older.get(role))) for role in ROLES)
     add_bos = config.get("add_bos_token")
     try:
@@ -49,6 +50,7 @@ def from_directory(directory: str | Path) -> HFTokenizer:
             add_bos=add_bos if isinstance(add_bos, bool) else None,
             stop_ids=stops,
             chat_template=template,
+            template_from=str(source),
         )
     except InputError as error:
         raise InputError(f"{folder / JSON}: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ class HFTokenizer:
         add_bos: whether texts start with bos_token; None: what the definition's post-processor says.
         stop_ids: what ends an answer, besides eos_token (from `generation_config.json`).
         chat_template: Jinja source; None: the model has none.
+        template_from: the file that it stands in, for what is said of errors in it; no part of the tokenizer's identity.
     """
 
     definition: str
@@ -41,6 +42,7 @@ class HFTokenizer:
     add_bos: bool | None = None
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    template_from: str | None = field(default=None, compare=False)
 
     kind = "hf"
 
@@ -177,9 +179,11 @@ class HFTokenizer:
         if self.chat_template is None:
             raise InputError("chat template: this model's tokenizer has none; use jaxlm sample to continue plain text.")
         told = dict(self.special_tokens) | variables
-        return templates.render(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, tools=tools, **told
-        )
+        prompt = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+        try:
+            return templates.render(self.chat_template, messages, **prompt, **told)  # type: ignore[arg-type]
+        except InputError as error:
+            raise InputError(f"{self.template_from}: {error}" if self.template_from else str(error)) from None
 
     def save(self, directory: str | Path) -> Path:
         return write(directory, self.kind, self._fields(), self.fingerprint)

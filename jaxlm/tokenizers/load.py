@@ -80,7 +80,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _self_contained(path: Path, cls: type[SelfContained], content: dict[str, Any]) -> SelfContained:
-    names = [field.name for field in fields(cls)]
+    names = [field.name for field in fields(cls) if field.compare]  # the others are no part of a tokenizer's identity
     for name in [*names, *content]:
         if name not in content or name not in names:
             found = "unknown" if name in content else "missing"
@@ -93,6 +93,8 @@ def _self_contained(path: Path, cls: type[SelfContained], content: dict[str, Any
         except ValidationError as error:
             problem = error.errors()[0]
             raise InputError(f"{path}: field {name}: {problem['msg']}; save the tokenizer again.") from None
+    if cls is HFTokenizer:
+        values["template_from"] = str(path)
     try:
         return cls(**values)
     except InputError as error:

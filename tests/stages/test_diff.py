@@ -164,6 +164,29 @@ def test_damage_to_a_runs_own_notes_is_named(make_run, harm, said):
     assert any(re.search(re.escape(said), sentence) for sentence in found), found
 
 
+def test_a_stage_that_has_not_finished_is_looked_through_too(make_run, tmp_path):
+    """Its manifest is missing: what carries digests of its own is verified, and nothing is to be deleted."""
+    from jaxlm._digests import Manifest, write_manifest
+
+    run = make_run("a", model=1)
+    stage = runs.stages_of(run)["evaluate"]
+    (stage / "manifest.json").unlink()
+    for step in (3, 6):
+        (stage / "checkpoints" / str(step)).mkdir(parents=True)
+        (stage / "checkpoints" / str(step) / "data").write_text("weights")
+        write_manifest(stage / "checkpoints" / str(step), Manifest(step, {}, None, {}, {}))
+    unfinished = f"{stage}: has not finished, or its manifest.json was removed; whole checkpoints: 3, 6; run the same"
+    (found,) = verification.verify_place(run)[:1]
+    assert found.startswith(unfinished)
+    (stage / "checkpoints" / "6" / "data").write_text("Weights")
+    os.truncate(stage / "provenance.json", 100)
+    found = verification.verify_place(stage)
+    assert [sentence.partition(": ")[0] for sentence in found] == [
+        str(stage / "provenance.json"), str(stage / "checkpoints" / "6" / "data"), str(stage)
+    ]  # fmt: skip
+    assert "whole checkpoints: 3; run" in found[-1]
+
+
 def test_neither_a_run_nor_a_stage(tmp_path):
     with pytest.raises(InputError, match="neither a run nor a stage"):
         verification.verify_place(tmp_path)

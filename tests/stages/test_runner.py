@@ -16,6 +16,7 @@ from jaxlm.config import RunConfig
 from jaxlm.errors import DiskError, InputError, JaxlmError, Preempted, UnavailableError
 from jaxlm.stages import store
 from jaxlm.stages.plan import plan
+from jaxlm.stages.process import read_error
 from jaxlm.stages.runner import MetricsTail, run_chain, run_stage
 
 
@@ -51,9 +52,19 @@ def test_a_missing_or_damaged_input_is_named(make_spec):
     with pytest.raises(InputError, match=f"the input first of {second.name} is not there"):
         run_stage(second, launcher="inline")
     run_stage(first, launcher="inline")
-    (first.directory / "deep" / "out.txt").unlink()
-    with pytest.raises(InputError, match=r"out\.txt: missing; run the stage first again"):
+    out = first.directory / "deep" / "out.txt"
+    whole, times = out.read_bytes(), out.stat()
+    out.write_bytes(whole[::-1])
+    os.utime(out, ns=(times.st_atime_ns, times.st_mtime_ns))  # as when a disk goes bad: only the bytes tell
+    assert run_stage(first, launcher="inline")[1]
+    with pytest.raises(InputError, match=r"out\.txt: its SHA-256 is .*; remove that file and run the stage first ag"):
         run_stage(second, launcher="inline")
+    out.unlink()  # what the sentence says
+    with pytest.raises(InputError, match=r"out\.txt: missing; remove that file and run the stage first again"):
+        run_stage(second, launcher="inline")
+    assert not run_stage(first, launcher="inline")[1]
+    assert out.read_bytes() == whole
+    assert not run_stage(second, launcher="inline")[1]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,7 @@ def test_by_hand_the_sentence_goes_to_stderr(make_spec):
     assert done.stderr == "data.path=x.txt: no such file; give one that exists.\n"
     done = subprocess.run([sys.executable, "-m", "fake_stage", directory / "no"], capture_output=True, text=True)
     assert done.returncode == 65
-    assert done.stderr.endswith("spec.json: no such file; delete its directory and run again.\n")
+    assert done.stderr.endswith("spec.json: no such file; name the directory of a stage.\n")
     assert done.stderr.count("\n") == 1
 
 
@@ -131,6 +142,14 @@ def test_sigterm_to_the_child_alone_is_preempted(make_spec, eventually):
     thread.join(15)
     assert isinstance(result["error"], Preempted)
     assert str(result["error"]) == "saved at step 7; run the same command to continue."
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_stage_can_listen_is_a_request_to_stop(tmp_path, number):
+    """While its libraries are still being loaded, the system ends it: nothing has begun, and nothing is lost."""
+    assert isinstance(error := read_error(tmp_path, -number), Preempted)
+    assert "stopped on request before it began; run the same command to continue." in str(error)
+    assert type(read_error(tmp_path, -signal.SIGSEGV)) is JaxlmError
 
 
 LAUNCHER = """

@@ -131,6 +131,24 @@ def test_a_whole_result_is_not_made_again(finished, make_spec):
     assert execute(make_spec(do="crash"), fake_stage.run).to_json() == before.to_json()
 
 
+def test_what_is_damaged_is_told_and_never_gone_on_from(finished, make_spec, capsys):
+    """The stage appends to metrics.jsonl, as a training does: the damaged lines must not stay."""
+    import fake_stage
+
+    before = store.find(finished)
+    file = finished.directory / "metrics.jsonl"
+    file.write_text(file.read_text().replace("3.0", "3.1"))
+    os.utime(file, ns=(1, 1))
+    after = execute(make_spec(), fake_stage.run)
+    assert capsys.readouterr().out.startswith(f"{file}: its SHA-256 is ")
+    assert after.outputs["metrics.jsonl"]["sha256"] == before.outputs["metrics.jsonl"]["sha256"]
+    manifest = finished.directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("finished", "finishes"))
+    execute(make_spec(), fake_stage.run)
+    assert f"{manifest}: does not match its own digest, the file is damaged; remove it and" in capsys.readouterr().out
+    assert store.verify(finished.directory) == []
+
+
 def test_a_failed_stage_has_no_manifest_not_even_its_old_one(finished, make_spec):
     import fake_stage
 

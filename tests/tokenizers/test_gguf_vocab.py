@@ -46,7 +46,7 @@ def test_the_tokenizer_in_a_gguf(make_backend: Callable[[str], Backend], hard: l
             assert tok.encode(text) == backend.encode(text, add_special_tokens=False).ids
     assert tok.encode("<|end|>") == HFTokenizer(backend.to_str()).encode("<|end|>")
     assert tok.backend.encode("a<|end|>").ids[-1] == tok.eot_id == backend.token_to_id("<|end|>")
-    assert (tok.stop_ids, tok.chat_template) == ((tok.eot_id, 5), "T")
+    assert (tok.stop_ids, tok.chat_template, tok.template_from) == ((tok.eot_id, 5), "T", "x.gguf")
     assert tok.vocab_size == backend.get_vocab_size()  # without the padding
     assert tok.start_ids == ((tok.bos_id,) if pre == "llama-bpe" else ())  # what llama.cpp does when the file is silent
     assert from_gguf({"general.architecture": "llama"}, "x.gguf") is None

@@ -167,6 +167,12 @@ def test_a_model_directory(backend: Backend, tmp_path: Path) -> None:
     assert tok.chat_template == "A"
     (tmp_path / "chat_template.jinja").write_text("B\r\n")
     assert hf_files.from_directory(tmp_path).render_chat([]) == "B"
+    for name in ("chat_template.jinja", "tokenizer.jaxlm.json"):  # in a directory as published, and as saved here
+        (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('No.') }}")
+        place = hf_files.from_directory(tmp_path).save(tmp_path / "saved").parent if "jaxlm" in name else tmp_path
+        with pytest.raises(InputError) as caught:
+            tokenizers.load(place).render_chat([])
+        assert str(caught.value) == f"{place / name}: chat template: refuses this conversation: No."
     hf_files.write_directory(tok, tmp_path / "out")
     assert tokenizers.load(tmp_path / "out") == HFTokenizer(tok.definition, tok.special_tokens, True, (), "A")
 
