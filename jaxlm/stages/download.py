@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +32,8 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
             "splits": {
                 "train": _stories(spec.directory, data.world, seed, "train", data.n_stories),
                 "val": _stories(spec.directory, data.world, seed, "val", data.n_val_stories),
-            }
+            },
+            "words": storyworld.vocabulary(storyworld.WORLDS[data.world]),
         }
     documents = read_documents(_file(data))
     if len(documents) == 1:
@@ -50,6 +51,16 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
 def read_split(manifest: Manifest, name: str) -> list[str]:
     """The documents of a split of a finished download stage."""
     return read_documents(manifest.path(manifest.results["splits"][name]["file"]))
+
+
+def vocabulary_texts(manifest: Manifest) -> Iterator[str]:
+    """What a tokenizer is to be built on: the training split, and of a story world the words of its questions too.
+
+    No question is trained on before fine-tuning. To a word tokenizer that never saw them, "Who", "belong" and "How" would
+    all be `[UNK]`, and most questions alike.
+    """
+    yield from read_split(manifest, "train")
+    yield from manifest.results.get("words", [])
 
 
 def _file(data: DataConfig) -> Path:

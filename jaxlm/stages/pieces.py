@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlm import tokenizers
 from jaxlm.config import TokenizerConfig
-from jaxlm.stages.download import read_split
+from jaxlm.stages.download import read_split, vocabulary_texts
 from jaxlm.stages.store import read_manifest, read_spec
 from jaxlm.tokenizers import Tokenizer
 
@@ -29,7 +29,7 @@ def build_tokenizer(directory: str | Path) -> str:
     tokenizer = saved_tokenizer(Path(directory))
     if tokenizer is None:
         spec = read_spec(Path(directory))
-        texts = read_split(read_manifest(spec.input_directory("download")), "train")
+        texts = vocabulary_texts(read_manifest(spec.input_directory("download")))
         tokenizer = tokenizers.build(spec.section("tokenizer", TokenizerConfig), texts, eot=bool(spec.settings["eot"]))
         part = folder / f"tokenizer.{os.getpid()}.tmp"
         part.mkdir(parents=True, exist_ok=True)

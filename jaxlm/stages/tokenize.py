@@ -21,7 +21,7 @@ from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import pack_documents, write_rows, write_stream
 from jaxlm.errors import InputError
 from jaxlm.stages import pieces, process
-from jaxlm.stages.download import read_split
+from jaxlm.stages.download import read_split, vocabulary_texts
 from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.tokenizers import Tokenizer
 
@@ -36,7 +36,7 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     texts = {name: read_split(inputs["download"], name) for name in ("train", "val")}
     tokenizer = pieces.saved_tokenizer(spec.directory)
     if tokenizer is None:
-        tokenizer = tokenizers.build(cfg, texts["train"], eot=bool(settings["eot"]))
+        tokenizer = tokenizers.build(cfg, vocabulary_texts(inputs["download"]), eot=bool(settings["eot"]))
     tokenizer.save(spec.directory)
 
     common: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": tokenizer.fingerprint}

@@ -14,6 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxlm import tokenizers
 from jaxlm.config import DataConfig, SftConfig
 from jaxlm.data import Example, encode_examples, fetch, load_examples, pack_examples, source, storyworld, write_rows
@@ -36,13 +38,19 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     else:
         pairs, test = _from_file(_path(sft))
     seq_len = sft.seq_len or data.seq_len
-    results: dict[str, Any] = {"indexes": {}, "examples": {}, "dropped": {}}
+    results: dict[str, Any] = {"indexes": {}, "examples": {}, "dropped": {}, "unknown": {}}
     for name, examples in pairs.items():
         sequences, masks, stats = encode_examples(tokenizer, examples, sft.template, seq_len)
         if stats.n_dropped:
             say(
                 f"{name}: {stats.n_dropped} of {stats.n_examples} examples left out, "
                 f"their prompts leave no room in seq_len={seq_len}"
+            )
+        unknown = sum(int(np.count_nonzero(ids == tokenizer.unk_id)) for ids in sequences)
+        if unknown:
+            say(
+                f"{name}: {unknown} of {sum(map(len, sequences))} tokens are unknown to the tokenizer, and read as one and "
+                "the same; build it from a text that has them, or use tokenizer.kind=bpe"
             )
         results["indexes"][name] = write_rows(
             spec.directory,
@@ -52,6 +60,7 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
         results["examples"][name], results["dropped"][name] = stats.n_examples, stats.n_dropped
+        results["unknown"][name] = unknown
     with open(spec.directory / "test.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in test)
     return results | {"test": len(test)}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import TrainConfig, load
+from jaxlm.data import storyworld
 from jaxlm.errors import DivergedError, InputError
 from jaxlm.metrics_log import history
 from jaxlm.stages import pretrain, saved
@@ -136,6 +137,26 @@ def test_training_reports_each_step_once_and_learns(tiny_run, letters_run):
     samples = [record for record in records if record.get("event") == "sample"]
     assert [record["step"] for record in samples] == vals
     assert all(len(record["text"]) == 5 for record in samples)
+
+
+def test_no_word_of_a_question_is_unknown(tiny_run):
+    """The training stories have none of them: read as `[UNK]`, most questions would be alike."""
+    assert tiny_run.manifests["tokenize_sft"].results["unknown"] == {"train": 0, "val": 0}
+    tokenizer = saved.load(base_dir(tiny_run)).tokenizer
+    world = storyworld.WORLDS["small"]
+    for question in storyworld.questions(world, 0, "test", len(world.questions)):
+        for text in (question.prompt, question.answer):
+            assert tokenizer.unk_id not in tokenizer.encode(text)
+
+
+def test_unknown_words_of_pairs_of_ones_own_are_counted(letters, tmp_path, capfd):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "the bird", "response": "sat"}) + "\n")
+    file.write_text(file.read_text() * 24)
+    overrides = ["tokenizer.kind=word", "tokenizer.unk=true", "sft.enabled=true", "sft.source=file", f"sft.path={file}"]
+    manifest, _ = chain(letters(*overrides, "sft.template='{prompt}'"), last="tokenize_sft")
+    assert manifest.results["unknown"] == {"train": 22, "val": 1}
+    assert "val: 1 of 5 tokens are unknown to the tokenizer" in capfd.readouterr().out  # two ends of text, three words
 
 
 def test_results_of_the_fitting_stages(tiny_run):

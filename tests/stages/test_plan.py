@@ -252,10 +252,10 @@ def test_until_takes_what_a_stage_needs():
 
 
 GOLDEN = {
-    "download": "3a275f22d0ce",
-    "tokenize": "6dd362021974",
-    "tokenize_sft": "3c61dd6d2037",
-    "pretrain": "8a590d120a74",
-    "sft": "4def5028f2fb",
-    "evaluate": "e5b78c7f01e7",
+    "download": "7d67cdc0773a",
+    "tokenize": "9324598c6a15",
+    "tokenize_sft": "23086568fb5d",
+    "pretrain": "ead72652144a",
+    "sft": "94e2c8b52fe2",
+    "evaluate": "ba8b95b310fb",
 }

@@ -27,7 +27,6 @@ class State(NamedTuple):
     things: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
     holders: tuple[str, ...] = ()
-    sky: str = ""
     told: tuple[tuple[str, str], ...] = ()  # the facts (what, of whom) of the last sentence, not to be repeated at once
     subject: str = ""  # whom a pronoun in the next sentence would mean; "" where that is not clear
     arrived: bool = False  # the last sentence introduced a person, who may own a thing
@@ -92,8 +91,6 @@ def next_sentence(world: World, state: State, choose: Choose) -> tuple[str | Non
 
 def kinds_next(world: World, state: State) -> tuple[Sequence[str], Sequence[float]]:
     """The kinds of sentence that can come next, and their weights, which sum to 1."""
-    if world.skies and not state.sky:
-        return ("dawn",), (1.0,)
     pairs: list[tuple[str, float]] = []
     left = 1.0
     if state.arrived:
@@ -130,12 +127,6 @@ def _said(state: State, *told: tuple[str, str]) -> State:
 
 
 # Introductions: of the people, one after the other, each in a place and some with a thing.
-
-
-def _dawn(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """The first sentence, of worlds with weather."""
-    slots = {"sky": choose("sky", world.skies), "time": choose("time", world.times)}
-    return slots, state._replace(sky=slots["sky"])
 
 
 def _arrive(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
@@ -226,12 +217,6 @@ def _feel(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     return {"who": who, "mood": mood}, _said(state, ("felt", who))._replace(moods=moods)
 
 
-def _turn(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    """The weather changes."""
-    sky = choose("sky", _but(world.skies, state.sky))
-    return {"sky": sky}, _said(state, ("sky", ""))._replace(sky=sky)
-
-
 def _act(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     """Anyone does something that changes nothing."""
     slots = {"who": choose("who", state.people), "act": choose("act", world.acts)}
@@ -282,10 +267,6 @@ def _felt(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
     return {"who": who, "mood": choose("mood", (state.mood(who),))}, _said(state, ("felt", who))
 
 
-def _sky(world: World, state: State, choose: Choose) -> tuple[Slots, State]:
-    return {"sky": choose("sky", (state.sky,))}, _said(state, ("sky", ""))
-
-
 def _given(state: State) -> Sequence[str]:
     return _untold(state, "got", [who for who in state.people if state.last_got(who)])
 
@@ -295,12 +276,12 @@ def _moody(state: State) -> Sequence[str]:
 
 
 KINDS: dict[str, Kind] = {
-    "dawn": _dawn, "arrive": _arrive, "own": _own,
-    "move": _move, "give": _give, "paint": _paint, "feel": _feel, "turn": _turn, "act": _act, "greet": _greet,
-    "where": _where, "with": _with, "got": _got, "hue": _hue, "found": _found, "felt": _felt, "sky": _sky,
+    "arrive": _arrive, "own": _own,
+    "move": _move, "give": _give, "paint": _paint, "feel": _feel, "act": _act, "greet": _greet,
+    "where": _where, "with": _with, "got": _got, "hue": _hue, "found": _found, "felt": _felt,
 }  # fmt: skip
-EVENTS = ("move", "give", "paint", "feel", "turn")
-RECAPS = ("where", "with", "got", "hue", "found", "felt", "sky")
+EVENTS = ("move", "give", "paint", "feel")
+RECAPS = ("where", "with", "got", "hue", "found", "felt")
 
 # Kinds that are not always possible.
 _POSSIBLE: dict[str, Callable[[State], bool]] = {
@@ -313,5 +294,4 @@ _POSSIBLE: dict[str, Callable[[State], bool]] = {
     "hue": lambda state: bool(_untold(state, "hue", state.things)),
     "found": lambda state: bool(_untold(state, "found", state.things)),
     "felt": lambda state: bool(_moody(state)),
-    "sky": lambda state: ("sky", "") not in state.told,
 }

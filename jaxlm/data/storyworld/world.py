@@ -18,7 +18,7 @@ Weights = tuple[tuple[str, float], ...]
 # belongs to any: so a sentence has one reading.
 SLOTS = {
     "who": "names", "other": "names", "place": "places", "thing": "things", "colour": "colours",
-    "act": "acts", "mood": "moods", "sky": "skies", "time": "times",
+    "act": "acts", "mood": "moods",
 }  # fmt: skip
 PRONOUNS = ("He", "She")
 
@@ -28,8 +28,7 @@ class World:
     """Everything that decides a world's stories and questions. Change a copy with `dataclasses.replace`.
 
     Attributes:
-        names, places, things, colours, acts, moods, skies, times: the words a story draws on. Without `skies` a story
-            does not open with the weather.
+        names, places, things, colours, acts, moods: the words a story draws on.
         kinds: weights of the kinds of sentence that are no introductions; those impossible at the moment are left out.
         wordings: for each kind its wordings and their probabilities, which sum to 1.
         ending: probability that the story ends after 0, 1, 2, ... sentences that are no introductions, once everybody
@@ -69,8 +68,6 @@ class World:
     min_things: int
     own: float
     moods: tuple[str, ...] = ()
-    skies: tuple[str, ...] = ()
-    times: tuple[str, ...] = ()
     pronoun: float = 0.0
     girls: tuple[str, ...] = ()
     min_candidates: int = 3
@@ -106,7 +103,7 @@ class World:
             kind: max(len(re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "word", wording))) for wording, _ in ways)
             for kind, ways in self.wordings
         }
-        opening = self.n_people * (longest["arrive"] + longest["own"]) + (longest["dawn"] if self.skies else 0)
+        opening = self.n_people * (longest["arrive"] + longest["own"])
         return opening + (len(self.ending) - 1) * max(longest[kind] for kind in self.body)
 
     @cached_property
@@ -203,14 +200,11 @@ RICH = World(
     colours=tuple(_COLOURS.split()),
     acts=tuple(_ACTS.split()),
     moods=("happy", "sad", "tired", "hungry", "angry", "proud", "calm", "bored", "lonely", "excited"),
-    skies=("sunny", "rainy", "windy", "cloudy", "foggy", "snowy", "warm", "cold"),
-    times=("morning", "afternoon", "evening", "day", "night"),
     kinds=(
-        ("move", 0.14), ("give", 0.10), ("paint", 0.05), ("feel", 0.10), ("turn", 0.02), ("act", 0.02), ("greet", 0.02),
-        ("where", 0.17), ("with", 0.14), ("got", 0.22), ("hue", 0.13), ("found", 0.12), ("felt", 0.12), ("sky", 0.05),
+        ("move", 0.14), ("give", 0.10), ("paint", 0.05), ("feel", 0.10), ("act", 0.02), ("greet", 0.02),
+        ("where", 0.17), ("with", 0.14), ("got", 0.22), ("hue", 0.13), ("found", 0.12), ("felt", 0.12),
     ),
     wordings=(
-        ("dawn", (("That {time} the weather first looked {sky}.", 1.0),)),
         ("arrive", (("{who} lived in the {place}.", 1.0),)),
         ("own", (_OWN,)),
         (
@@ -231,7 +225,6 @@ RICH = World(
         ),
         ("paint", (("Thanks to {who} the {thing} now looked {colour}.", 1.0),)),
         ("feel", _even("{who} now felt {mood}.", "{who} suddenly felt {mood}.")),
-        ("turn", (("The weather now looked {sky}.", 1.0),)),
         ("act", (("{who} {act}.", 1.0),)),
         ("greet", (("{who} greeted {other}.", 0.5), ("{who} thanked {other}.", 0.5))),
         (
@@ -246,7 +239,6 @@ RICH = World(
         ("hue", (("The {thing} still looked {colour}.", 1.0),)),
         ("found", (("The {thing} stayed with {who} over in the {place}.", 1.0),)),
         ("felt", (("{who} still felt {mood}.", 1.0),)),
-        ("sky", (("The weather still looked {sky}.", 1.0),)),
     ),
     ending=(*[0.0] * 10, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.35, 0.5, 1.0),
     questions=("where", "with", "hue", "got", "found", "felt"),
