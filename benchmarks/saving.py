@@ -1,11 +1,15 @@
 """What saving costs the training loop, digests included.
 
-    python benchmarks/saving.py --config configs/quickstart.yaml --seconds 240
+    python benchmarks/saving.py
+    python benchmarks/saving.py --config storyworld --directory /the/disk/that/is/meant
 
 The loop of the pretrain stage (the step, its batches, `Checkpointer.save` with its digests in the background) runs in
 pairs of equal numbers of steps, one of them with a save in its middle, turn about. The difference of a pair's times is
 what one save cost the loop: the blocking copy, and what the background work takes from the steps beside it. Reported
 are its median and the share of a minute that it is.
+
+A whole run takes `--pairs` times twice `--seconds` and the compilation: about four minutes with what is given. A half
+should be long against the save's background work, a second or less for such models.
 """
 
 from __future__ import annotations

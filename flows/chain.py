@@ -10,10 +10,10 @@ from flows import lineage, server, status, tasks
 from flows.gate import gate
 from flows.publish import publish
 from jaxlm.config import RunConfig, load
-from jaxlm.errors import JaxlmError
+from jaxlm.errors import JaxlmError, Preempted
 from jaxlm.stages import runs
 from jaxlm.stages.plan import plan, until
-from jaxlm.stages.runner import say, summary_line
+from jaxlm.stages.runner import say, stopped_sentence, summary_line
 from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.stages.store import read_manifest
 
@@ -84,6 +84,12 @@ def chain(
         except JaxlmError as error:
             status.write(cfg, "failed", str(error), again)
             server.wait_until_back(say)
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception):  # somebody wants the flow to end
+                sentence = stopped_sentence(error)
+                status.write(cfg, "cancelled", sentence, again)
+                server.leave_when_away(sentence, Preempted.exit_code)
             raise
         status.write(cfg, "completed", "every stage is done", "")
         server.wait_until_back(say)

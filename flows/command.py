@@ -67,7 +67,7 @@ def run(
     given = {"config": str(config_path), "overrides": list(overrides), "root": str(root), **parameters}
     again = status.command(flow.name.removeprefix("jaxlm-"), str(config_path), list(overrides), str(root))
     try:
-        with preempted_when_stopped(), environment.one_sentence_errors(), server.ends_with_us():
+        with server.of_a_command(), preempted_when_stopped(), environment.one_sentence_errors(), server.ends_with_us():
             out = flow(**given)
     except JaxlmError as error:
         if isinstance(error, Preempted):

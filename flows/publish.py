@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from prefect.tasks import exponential_backoff
 from flows import lineage
 from jaxlm._digests import digest_file
 from jaxlm._disk import disk_errors, sync_directory
+from jaxlm._lock import LOCK_FILE, dir_lock
 from jaxlm.config import RunConfig
 from jaxlm.errors import InputError, JaxlmError, UnavailableError
 from jaxlm.stages import runs
@@ -70,8 +72,7 @@ def export(cfg: RunConfig, to: str, done: list[Manifest]) -> str:
     """
     by_stage = {manifest.stage: manifest for manifest in done}
     model = by_stage.get("sft") or by_stage["pretrain"]
-    work = runs.directory(cfg) / f".publish-{os.getpid()}.tmp"
-    try:
+    with _workplace(runs.directory(cfg) / ".publish") as work:
         files = _hf(model, work) if cfg.publish.form == "hf" else _stage_files(model)
         for name in (*runs.REPORT_FILES, lineage.FILE):
             if (runs.directory(cfg) / name).exists():
@@ -81,8 +82,21 @@ def export(cfg: RunConfig, to: str, done: list[Manifest]) -> str:
             files |= {f"report/{runs.FIGURES}/{name}": figures / name for name in output_names(figures)}
         index = {"run": cfg.name, "stage": model.stage, "id": model.id, "form": cfg.publish.form}
         return put(files, to, f"{cfg.name}-{by_stage['evaluate'].id}", index)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """An empty directory for one process at a time, gone at the end. What a killed one has left goes first."""
+    with dir_lock(folder):
+        try:
+            for left in folder.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != LOCK_FILE:
+                    left.unlink()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def put(files: Mapping[str, Path], to: str, name: str, about: Mapping[str, Any]) -> str:
@@ -125,19 +139,17 @@ def put(files: Mapping[str, Path], to: str, name: str, about: Mapping[str, Any])
 
 
 def _to_directory(files: Mapping[str, Path], target: Path, index: Mapping[str, Any]) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with disk_errors("publish", target.parent):
         if target.exists():
             raise InputError(f"{target}: something that is no publication is there; move it away.")
-        try:
+        with _workplace(target.with_name(f".{target.name}.part")) as part:
             for key, path in files.items():
                 (part / key).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, part / key)
             (part / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+            (part / LOCK_FILE).unlink()
             os.rename(part, target)
             sync_directory(target.parent)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
 
 
 def _stage_files(model: Manifest) -> dict[str, Path]:

@@ -3,6 +3,8 @@
 With no server configured Prefect starts one of its own and stops it when Python exits, which does not happen when the
 process is killed. So a tiny guard process is told the server's number over a pipe; when the pipe closes, however our
 process ended, the guard stops what is left. The guard is this file, run as a script on the standard library alone.
+Server and guard have sessions of their own: Ctrl-C, or a SIGTERM to our process group, ends the flow first, which then
+tells the server how it ended.
 
 A temporary server that dies is started again on its port, so that the run is reported all the same. One that is not
 ours is waited for at the end of the flow.
@@ -19,7 +21,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ WAIT_SECONDS = 60.0
 WAIT_SECONDS_DEPLOYED = 600.0  # nobody sits before it, and what is not reported now stays "Running"
 _PROBE_SECONDS = 2.0
 
+_ours: ContextVar[bool] = ContextVar("ours", default=False)  # this process is a command of ours, which may end it
+
 
 @contextmanager
 def ends_with_us() -> Iterator[None]:
@@ -47,6 +53,7 @@ def ends_with_us() -> Iterator[None]:
 
     stop = threading.Event()
     server = SubprocessASGIServer()  # the one of this process: Prefect keeps one per port
+    _apart(server)
     thread = threading.Thread(target=_report, args=(server, stop), name="server guard", daemon=True)
     thread.start()
     try:
@@ -54,6 +61,14 @@ def ends_with_us() -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=5.0)
+
+
+def _apart(server: SubprocessASGIServer) -> None:
+    """Lets `server` start in a session of its own. Prefect has no option for that: its function gets another Popen."""
+    start = type(server)._run_uvicorn_command
+    popen = functools.partial(subprocess.Popen, start_new_session=True)
+    names = {**start.__globals__, "subprocess": SimpleNamespace(Popen=popen)}
+    setattr(server, start.__name__, MethodType(FunctionType(start.__code__, names), server))
 
 
 def _report(server: SubprocessASGIServer, stop: threading.Event) -> None:
@@ -144,6 +159,25 @@ def links(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
+
+
+@contextmanager
+def of_a_command() -> Iterator[None]:
+    """Inside the block this process is a command of ours: see `leave_when_away`."""
+    token = _ours.set(True)
+    try:
+        yield
+    finally:
+        _ours.reset(token)
+
+
+def leave_when_away(sentence: str, code: int) -> None:
+    """Ends a command that was told to end, where the server is no longer there to be told: it may have got the same
+    signal, and Prefect would try for minutes. Does nothing elsewhere, as in a notebook or a worker's process.
+    """
+    if _ours.get() and away():
+        print(f"jaxlm: {sentence}", file=sys.stderr)
+        leave(code)
 
 
 def leave(code: int) -> NoReturn:

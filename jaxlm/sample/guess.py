@@ -13,7 +13,7 @@ from jaxlm.model import Cache, Params, forward, unembed
 from jaxlm.sample import decode as decoding
 from jaxlm.sample.decode import Requests, State
 from jaxlm.sample.filters import filter_logits
-from jaxlm.sample.sampler import sample_token
+from jaxlm.sample.sampler import draw_kept
 
 DRAFT, ACCEPT, REST = 1, 2, 3  # the three draws of one position, where a model guesses
 
@@ -54,7 +54,7 @@ def from_model(
         assert grown is not None
         logits = decoding.adjust(unembed(cfg, params, hidden[:, 0]), requests, ahead)
         kept = filter_logits(logits, **decoding.filters_of(requests))
-        token = sample_token(keys_at(requests.key, state.cache.length + 1 + i, DRAFT), kept)
+        token = draw_kept(keys_at(requests.key, state.cache.length + 1 + i, DRAFT), kept)
         good = good & (token >= 0)
         ahead = ahead._replace(
             last=jnp.where(good, token, 0),

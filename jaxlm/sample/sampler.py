@@ -57,12 +57,28 @@ def sample_token(
     return _sample(keys, logits, option, cuts.width(logits.shape[-1], window))
 
 
+def draw_kept(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """`sample_token` without any filter, the same draws: for logits that have been filtered, or need not be.
+
+    It compiles in half of the time, without the search for thresholds that no row would use.
+
+    Args:
+        keys: typed PRNG keys [...].
+        logits: float [..., V]; -inf for what may not be drawn.
+
+    Returns:
+        int32[...]; -1 for a row without a distribution.
+    """
+    rows = cuts.as_rows(logits, cuts.per_row(logits, 1.0, 0, 1.0, 0.0, 1.0))
+    y = cuts.blocked(rows.x)
+    token = _inverse_cdf(cuts.relative(y, rows.largest), _uniform(keys))
+    return jnp.where(cuts.usable(rows), token, -1).reshape(logits.shape[:-1])
+
+
 @partial(jax.jit, static_argnums=3)
 def _sample(keys: jax.Array, logits: jax.Array, option: Options, width: int) -> jax.Array:
     rows = cuts.as_rows(logits, option)
-    bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys.reshape(-1))
-    bits = lax.bitcast_convert_type(bits, jnp.int32)
-    u = ((bits >> 20) & 0xFFF, (bits >> 8) & 0xFFF, (bits & 0xFF) << 4)
+    u = _uniform(keys)
     largest = cuts.first_largest(rows)
 
     def draw() -> jax.Array:
@@ -74,6 +90,13 @@ def _sample(keys: jax.Array, logits: jax.Array, option: Options, width: int) -> 
     token = lax.cond(rows.greedy.all(), lambda: largest, draw)
     token = jnp.where(cuts.usable(rows), jnp.where(rows.greedy, largest, token), -1)
     return token.reshape(logits.shape[:-1])
+
+
+def _uniform(keys: jax.Array) -> tuple[jax.Array, ...]:
+    """32 random bits a row, as digits in base 2**12 of a number in [0, 1)."""
+    bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys.reshape(-1))
+    bits = lax.bitcast_convert_type(bits, jnp.int32)
+    return (bits >> 20) & 0xFFF, (bits >> 8) & 0xFFF, (bits & 0xFF) << 4
 
 
 def _from_window(rows: Rows, found: Window, u: tuple[jax.Array, ...]) -> jax.Array:
@@ -89,7 +112,12 @@ def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
     y = cuts.blocked(cuts.warmed(rows, rows.x))
     prob = cuts.relative(y, rows.largest)
     kept = cuts.keeps(rows, y, prob, cuts.search(rows, y, prob))
-    weight = exact.limbs(jnp.where(kept, prob, 0.0))
+    return _inverse_cdf(jnp.where(kept, prob, 0.0), u)
+
+
+def _inverse_cdf(prob: jax.Array, u: tuple[jax.Array, ...]) -> jax.Array:
+    """int32[B]: the first token where the running sum of float32[B, N, block] exceeds u of the whole."""
+    weight = exact.limbs(prob)
     # First the block, then the token in it, so that nothing as long as the vocabulary is ever accumulated.
     cumulative = exact.running(exact.block_sums(weight))
     mark = exact.scaled(exact.Digits(*(digit[:, -1] for digit in cumulative)), u)
@@ -99,4 +127,4 @@ def _from_all(rows: Rows, u: tuple[jax.Array, ...]) -> jax.Array:
     before = (jnp.where(block > 0, jnp.take_along_axis(digit, earlier, axis=1), 0) for digit in cumulative)
     members = exact.Limbs(*(jnp.take_along_axis(limb, block[:, :, None], axis=1)[:, 0] for limb in weight))
     inside = exact.plus(exact.Digits(*before), exact.running(members))
-    return block[:, 0] * y.shape[2] + (~exact.above(inside, mark)).sum(-1)
+    return block[:, 0] * prob.shape[2] + (~exact.above(inside, mark)).sum(-1)

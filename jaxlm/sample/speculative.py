@@ -40,7 +40,7 @@ from jaxlm.sample.decode import Requests, State
 from jaxlm.sample.filters import filter_logits
 from jaxlm.sample.options import Sampling
 from jaxlm.sample.requests import Decodes, bucket
-from jaxlm.sample.sampler import sample_token
+from jaxlm.sample.sampler import draw_kept, sample_token
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _as_weighed(
     rest = jnp.maximum(p_at - jnp.take_along_axis(padded, at, axis=1)[:, 0], 0.0)
     rest = jnp.where(rest.sum(-1, keepdims=True) == 0, p_at, rest)  # p = q, but for rounding
     where = jnp.take_along_axis(position, accepted[:, None], axis=1)[:, 0]
-    token = sample_token(guess.keys_at(requests.key, where, guess.REST), jnp.log(rest))
+    token = draw_kept(guess.keys_at(requests.key, where, guess.REST), jnp.log(rest))
     drawn = jnp.pad(guesses, ((0, 0), (0, 1)))
     return jnp.where(jnp.arange(n + 1) == accepted[:, None], token[:, None], drawn), accepted
 

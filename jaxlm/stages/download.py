@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +55,8 @@ def read_split(manifest: Manifest, name: str) -> list[str]:
 def vocabulary_texts(manifest: Manifest) -> Iterator[str]:
     """What a tokenizer is to be built on: the training split, and of a story world the words of its questions too.
 
-    No question is trained on before fine-tuning. To a word tokenizer that never saw them, "Who", "belong" and "How" would
-    all be `[UNK]`, and most questions alike.
+    No question is trained on before fine-tuning. To a word tokenizer that never saw them, "Who", "belong" and "How"
+    would all be `[UNK]`, and most questions alike.
     """
     yield from read_split(manifest, "train")
     yield from manifest.results.get("words", [])
@@ -82,8 +81,7 @@ def _stories(directory: Path, world: str, seed: int, split: str, n: int) -> dict
     chunks = [(world, seed, split, start, min(_CHUNK, n - start)) for start in range(0, n, _CHUNK)]
     workers = min(len(os.sched_getaffinity(0)), len(chunks))
     if workers > 1:
-        # spawn: a forked child of a process with threads may hang.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=process.Helpers()) as pool:
             parts = list(pool.map(_chunk_of_stories, chunks))
     else:
         parts = [_chunk_of_stories(chunk) for chunk in chunks]

@@ -19,6 +19,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -121,7 +124,9 @@ def _input(spec: Spec, name: str) -> Manifest:
     manifest = read_manifest(directory)
     if problems := damage(manifest):
         # Who looks for a result trusts sizes and times, so what only its bytes tell must go before it is made again.
-        raise InputError(f"{problems[0].rstrip('.')}; remove that file and run the stage {name} again.")
+        problem = problems[0].rstrip(".")
+        remove = "" if problem.endswith("missing") else "remove that file and "
+        raise InputError(f"{problem}; {remove}run the stage {name} again.")
     return manifest
 
 
@@ -200,6 +205,26 @@ def _watch(launcher: int) -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(Preempted.exit_code)
+
+
+class _Helper(SpawnProcess):
+    def run(self) -> None:
+        parent = parent_process()
+        if parent is not None:
+            threading.Thread(target=_end_after, args=(parent,), name="parent watch", daemon=True).start()
+        super().run()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(Preempted.exit_code)
+
+
+class Helpers(SpawnContext):
+    """For a pool of a stage's helpers: spawned, for a forked child of a process with threads may hang, and each ends
+    when the stage's process does, where a pool's own would wait for its next piece of work for ever."""
+
+    Process = _Helper
 
 
 class _Copied:

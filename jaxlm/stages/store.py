@@ -68,7 +68,9 @@ def read_spec(directory: Path) -> Spec:
     """
     file, place = directory / "spec.json", directory.resolve()
     spec = Spec.from_json(
-        read_sealed(file, hint=_SPEC_AGAIN if file.exists() else "name the directory of a stage"), root=place.parent.parent, where=str(file)
+        read_sealed(file, hint=_SPEC_AGAIN if file.exists() else "name the directory of a stage"),
+        root=place.parent.parent,
+        where=str(file),
     )
     if place.parent.name == "store" and place.name != spec.name:
         raise InputError(f"{file}: is of {spec.name}, not of this directory; {_SPEC_AGAIN}.")

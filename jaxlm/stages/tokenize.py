@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -103,7 +102,7 @@ def _encoded_batches(
             yield batch, _encode(tokenizer, batch)
         return
     workers = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=process.Helpers()) as pool:
         yield from zip(batches, pool.map(_encode, [tokenizer] * len(batches), batches), strict=True)
 
 

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,8 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         unknown = sum(int(np.count_nonzero(ids == tokenizer.unk_id)) for ids in sequences)
         if unknown:
             say(
-                f"{name}: {unknown} of {sum(map(len, sequences))} tokens are unknown to the tokenizer, and read as one and "
-                "the same; build it from a text that has them, or use tokenizer.kind=bpe"
+                f"{name}: {unknown} of {sum(map(len, sequences))} tokens are unknown to the tokenizer, and read as one "
+                "and the same; build it from a text that has them, or use tokenizer.kind=bpe"
             )
         results["indexes"][name] = write_rows(
             spec.directory,
@@ -73,8 +72,7 @@ def _story_questions(world: str, seed: int, n: int) -> tuple[dict[str, list[Exam
         for split, count in counts.items()
         for start in range(0, count, _CHUNK)
     ]
-    # spawn: a forked child of a process with threads may hang.
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=process.Helpers()) as pool:
         made = list(pool.map(_chunk_of_questions, chunks))
     asked: dict[str, list[storyworld.Question]] = {split: [] for split in counts}
     for (_, _, split, _, _), questions in zip(chunks, made, strict=True):

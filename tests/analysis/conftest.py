@@ -25,8 +25,9 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-# gpt2 has no trait that the others do not have together, and each model compiles for seconds.
-_PARAMS = [pytest.param(name, marks=pytest.mark.slow if name == "gpt2" else ()) for name in MODELS]
+# Each model compiles for seconds: two of them have most traits.
+_QUICK = ("qwen3", "nano")
+_PARAMS = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in MODELS]
 
 
 @pytest.fixture(params=_PARAMS)

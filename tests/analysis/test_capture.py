@@ -97,9 +97,9 @@ def test_capturing_changes_no_bit_of_the_logits(cfg, everything):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("gpt2", "apply"),
-        ("lesson_sinusoidal", "gradient"),
-        ("qwen3", "decode"),
+        pytest.param("gpt2", "apply", marks=pytest.mark.slow),
+        pytest.param("lesson_sinusoidal", "gradient", marks=pytest.mark.slow),
+        pytest.param("qwen3", "decode", marks=pytest.mark.slow),
         ("nano", "gradient"),
         ("nano", "decode"),
     ],
@@ -126,6 +126,7 @@ def test_marks_leave_the_program_as_it_is_without_them(models, weights, tokens, 
     assert with_marks == text()
 
 
+@pytest.mark.slow
 def test_scanned_and_rematerialised_models_can_be_looked_into(models, weights, tokens, everything):
     cfg = models["gpt2"]
     names = ("blocks.0.attention.probs", "blocks.1.out")
@@ -135,6 +136,7 @@ def test_scanned_and_rematerialised_models_can_be_looked_into(models, weights, t
         np.testing.assert_allclose(got[name], expected[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_laid_out_for_decoding_will_do(models, weights, tokens, everything):
     cfg = models["nano"]
     got = capture(cfg, prepare(cfg, weights(cfg)), tokens, names="blocks.1.out")["blocks.1.out"]
@@ -202,6 +204,7 @@ def test_a_bigram_table_has_logits_only(weights, tokens):
     )
 
 
+@pytest.mark.slow
 def test_capture_is_a_function_to_differentiate_and_map(models, weights, tokens, everything):
     """Causality by gradient: what a place of the stream depends on ends with the place itself."""
     cfg = models["gpt2"]

@@ -22,6 +22,7 @@ def test_labels_are_tokens_some_places_on():
     assert list(analysis.token_labels(tokens)) == ["input", "next"]
 
 
+@pytest.mark.slow
 def test_embeddings_know_their_own_token_and_no_other(models, weights):
     """Independent uniform tokens: the input's entropy is log 11, and nothing tells the next one."""
     cfg = models["gpt2"].replace(d_model=32, max_seq_len=8)

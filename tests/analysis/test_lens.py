@@ -21,7 +21,8 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 2]] * 2, np.int32)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2]] * 2, np.int32)
 
 
-@pytest.mark.parametrize("name", ["nano", "lesson_sinusoidal"])  # with a final norm, and without
+# With a final norm, and without.
+@pytest.mark.parametrize("name", ["nano", pytest.param("lesson_sinusoidal", marks=pytest.mark.slow)])
 def test_the_last_place_is_the_models_own_prediction(models, weights, tokens, name):
     cfg = models[name]
     got = lens(cfg, weights(cfg), tokens)

@@ -72,7 +72,7 @@ def test_data_that_changed_since_the_run_began_is_refused_when_it_continues(lett
     run_stage(spec, launcher="inline", echo=quiet)  # as it was: it goes on
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("relative", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_paths_with_spaces_and_other_scripts_and_relative_ones(letters_run, tmp_path, monkeypatch, relative):
     text = tmp_path / "mein Text – 数据.txt"
     text.write_text("the cat sat on the mat; the dog sat on the log. " * 8)

@@ -24,13 +24,13 @@ STAGES = ("download", "tokenize", "pretrain", "evaluate")
 
 @pytest.fixture(scope="module")
 def two(letters_run, tmp_path_factory) -> tuple[Path, Path]:
-    """The roots of two runs of other texts, rates and lengths."""
+    """The roots of two runs, of other texts in the same letters, so that both are compiled once."""
     ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
     shutil.copytree(letters_run.root, ours, symlinks=True, dirs_exist_ok=True, copy_function=shutil.copy2)
     text = theirs / "other.txt"
-    text.write_text("a cow and a hen met by the old barn; both of them ran. " * 37)
-    overrides = [f"data.path={text}", "train.learning_rate=0.2", "train.steps=9"]
-    run_chain(load(letters_run.config, overrides).replace(root=str(theirs)), echo=lambda line: None)
+    text.write_text("the dog sat on the mat; the cat sat on the log. " * 40)
+    cfg = load(letters_run.config, [f"data.path={text}", "seed=1"]).replace(root=str(theirs))
+    run_chain(cfg, echo=lambda line: None)
     return ours, theirs
 
 
@@ -89,7 +89,7 @@ def test_no_damage_to_a_stage_is_silent(two, kind):
                         store.read_spec(directory)
             tried += 1
         assert store.verify(directory) == []
-    assert tried > 60
+    assert tried > (30 if kind == "swap" else 60)
 
 
 @pytest.mark.parametrize("kind", harness.DAMAGES)

@@ -16,20 +16,55 @@ QUICK_COMPILE = True
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [300, 1500, 6000, 40_000])
-def test_a_disk_that_fills_up(make_chain, unbroken, size):
-    """No file may grow beyond `size`: another one fails each time. The sentence, code 74, and then it continues."""
+def test_a_disk_that_fills_up(make_chain, unbroken):
+    """No file may grow beyond a size: another one fails each time. The sentence, code 74, and then it continues."""
     chain = make_chain()
-    with chain.process("pretrain", file_size=size) as stage:
-        code, error = stage.end()
-    assert code == 74, error
-    assert "Traceback" not in error
-    assert error.count("\n") == 1, error
+    for size in (300, 1500, 6000, 10_000):  # at last, the manifest of 13 kB
+        with chain.process("pretrain", file_size=size) as stage:
+            code, error = stage.end()
+        assert code == 74, (size, error)
+        assert "Traceback" not in error
+        assert error.count("\n") == 1, error
     with chain.process("pretrain") as stage:
         assert stage.end() == (0, "")
     assert harness.outcome(chain.directory("pretrain")) == unbroken
 
 
+# Where a save, or the end of a stage, is neither here nor there; the second call, so that there is one to go back to.
+KILL_POINTS = {
+    "data written, digests not": ("jaxlm._writer:write_manifest", 2),
+    "digests written, name not given": ("jaxlm._writer:put_in_place", 2),
+    "old ones not yet removed": ("jaxlm._writer:Checkpointer._retire", 2),
+    "old one half removed": ("jaxlm._steps:shutil.rmtree", 2),
+    "trained, without its manifest": ("jaxlm.stages.process:write_manifest", 1),
+}
+
+
+@pytest.mark.slow
+def test_killed_at_the_worst_moments(make_chain, unbroken, tmp_path):
+    """kill -9 at each named point of one run, one after another."""
+    chain = make_chain()
+    directory, saved = chain.directory("pretrain"), 0
+    for number, (point, (target, call)) in enumerate(KILL_POINTS.items()):
+        with chain.process("pretrain", hold=harness.Hold(target, tmp_path / f"held {number}", call=call)) as stage:
+            stage.until_held()
+            stage.kill()
+        # What was whole before is whole, and the run has got on.
+        steps = [step for step in harness.saved_steps(directory) if not checkpoint_damage(directory, step)]
+        assert steps[-1] > saved, point
+        saved = steps[-1]
+    with chain.process("pretrain") as stage:
+        assert stage.end() == (0, "")
+    assert harness.outcome(directory) == unbroken
+
+
+def checkpoint_damage(directory: Path, step: int) -> bool:
+    from jaxlm._digests import check
+
+    return isinstance(check(directory / "checkpoints" / str(step), step), list)
+
+
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_run_with_the_stacks(make_chain, unbroken, tmp_path):
     """As when a peer has stopped answering: the main thread waits for ever."""
     chain = make_chain(train={"guards": {"hang_factor": 2, "hang_seconds": 1.0}})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -50,10 +51,15 @@ def wait_until(condition, seconds: float) -> bool:
     return False
 
 
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="session")
 def processes() -> SimpleNamespace:
-    """Looking at processes: running(pid), descendants(pid), wait_until(condition, seconds)."""
-    return SimpleNamespace(running=running, descendants=descendants, wait_until=wait_until)
+    """Looking at processes: running(pid), descendants(pid), listening(port), wait_until(condition, seconds)."""
+    return SimpleNamespace(running=running, descendants=descendants, listening=listening, wait_until=wait_until)
 
 
 @pytest.fixture(scope="session")
@@ -73,16 +79,39 @@ class Scenario:
         self.root.mkdir(parents=True, exist_ok=True)
         config = self.root / "probe.yaml"
         config.write_text("train: {steps: 2}\n")
+        self.temporary.mkdir(exist_ok=True)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.process = subprocess.Popen(
             [sys.executable, HERE / "fakes" / "scenario.py", self.root, config, *map(json.dumps, steps)],
-            env={**clean, "PREFECT_HOME": str(self.home), "PYTHONPATH": os.pathsep.join(map(str, FAKES)), **env},
+            env={
+                **clean,
+                "PREFECT_HOME": str(self.home),
+                "PYTHONPATH": os.pathsep.join(map(str, FAKES)),
+                "TMPDIR": str(self.temporary),
+                **env,
+            },
             cwd=self.root,
+            start_new_session=True,  # a signal to its group is for it and for what stays in the group
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         return self.process
+
+    @property
+    def temporary(self) -> Path:
+        """Where its processes put temporary files."""
+        return self.root.parent / "temporary"
+
+    def servers(self) -> dict[int, int]:
+        """Process number and port of each temporary server of the process."""
+        assert self.process is not None
+        found = {}
+        for pid in descendants(self.process.pid):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "uvicorn" in words:
+                found[pid] = int(words[words.index("--port") + 1])
+        return found
 
     def asleep(self, stage: str) -> int:
         """The process number of a stage that sleeps."""

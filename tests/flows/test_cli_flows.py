@@ -26,6 +26,7 @@ def jaxlm():
         ("flow pretrain quickstart --grid seed=1", r"^--grid: the flow pretrain has no such option; .* sweep"),
         ("flow pipeline quickstart --shards 2", r"^--shards: the flow pipeline has no such option; .* prepare"),
         ("flow pipeline quickstart --set launch.kind=lsf", r"launch\.kind"),
+        ("flow pipeline quickstart --set pretrain.init_from=gone", r"gone: no such run, stage or directory"),
     ],
 )
 def test_bad_input_is_told_before_anything_starts(jaxlm, line, sentence):

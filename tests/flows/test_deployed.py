@@ -15,9 +15,24 @@ from pathlib import Path
 import httpx
 import pytest
 
+from jaxlm.stages.plan import VERSIONS
+
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
-FAKES = [CHECKOUT, HERE / "fakes", HERE.parent / "stages" / "fakes"]
+FAKES = [CHECKOUT, HERE / "fakes", HERE.parent / "stages" / "fakes", HERE.parent / "launch" / "fakes"]
+POOL = "jaxlm-accelerator"
+PATIENCE = 400.0  # seconds, for what takes a few on a machine that is not busy
+
+# A bigram table on a text of one's own: the real stages in seconds.
+LETTERS = """
+data: {source: file, path: letters.txt, seq_len: 16}
+tokenizer: {kind: char, unk: false}
+model: {preset: bigram, max_seq_len: 32}
+train: {steps: 60, batch_size: 4, learning_rate: 0.1, log_every: 1, eval_every: 20, checkpoint_every: 10,
+        sample_tokens: 5}
+sft: {enabled: false}
+eval: {n_samples: 1, sample_tokens: 5, batch_size: 8}
+"""
 
 pytestmark = pytest.mark.slow
 
@@ -38,27 +53,35 @@ class Site:
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
+            "PREFECT_CLI_PROMPT": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-            "JAXLM_REPORT_SECONDS": "60",
+            "JAXLM_REPORT_SECONDS": str(PATIENCE),
             "PYTHONPATH": os.pathsep.join(map(str, FAKES)),
+            "TMPDIR": str(root.parent / "temporary"),
         }
         root.mkdir()
+        (root.parent / "temporary").mkdir()
         (root / "probe.yaml").write_text("train: {steps: 2}\n")
+        (root / "letters.txt").write_text("the cat sat on the mat; the dog sat on the log. " * 40)
+        (root / "letters.yaml").write_text(LETTERS.replace("letters.txt", str(root / "letters.txt")))
 
-    def prefect(self, *words, wait=True, log="prefect"):
+    def prefect(self, *words, wait=True, log="prefect", cwd=None):
+        """Prefect's own command line; its output is in a log."""
         out = open(self.root / f"{log}.log", "ab")  # noqa: SIM115, its process has it
         command = [sys.executable, "-m", "prefect", *words]
-        process = subprocess.Popen(command, env=self.env, cwd=self.root, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            command, env={**self.env, "PWD": str(cwd or self.root)}, cwd=cwd or self.root, stdout=out, stderr=out
+        )
         out.close()
         self.started.append(process.pid)
         if wait:
-            assert process.wait(120) == 0, (self.root / f"{log}.log").read_text()[-3000:]
+            assert process.wait(PATIENCE) == 0, (self.root / f"{log}.log").read_text()[-3000:]
         return process
 
     def start_server(self):
         self.server = self.prefect("server", "start", "--port", str(self.port), "--no-ui", wait=False, log="server")
-        assert self.processes.wait_until(self.up, 120), (self.root / "server.log").read_text()[-3000:]
+        assert self.processes.wait_until(self.up, PATIENCE), (self.root / "server.log").read_text()[-3000:]
 
     def up(self):
         try:
@@ -67,7 +90,7 @@ class Site:
             return False
 
     def start_worker(self):
-        self.worker = self.prefect("worker", "start", "--pool", "jaxlm-test", wait=False, log="worker")
+        self.worker = self.prefect("worker", "start", "--pool", POOL, "--limit", "1", wait=False, log="worker")
 
     def kill(self, process):
         """SIGKILL to a process and to all that it has started, but not to the stages, which must see to themselves."""
@@ -88,17 +111,18 @@ class Site:
             "from deployed import deployed\n"
             "from prefect.flows import Flow\n"
             f"Flow.from_source(source={str(HERE / 'fakes')!r}, entrypoint='deployed.py:deployed').deploy("
-            f"name='pipeline', work_pool_name='jaxlm-test', job_variables={{'working_dir': {str(self.root)!r}}})"
+            f"name='fakes', work_pool_name={POOL!r}, job_variables={{'working_dir': {str(self.root)!r}}})"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code], env=self.env, cwd=self.root, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code], env=self.env, cwd=self.root, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, done.stderr
-        return self.request("GET", "/deployments/name/jaxlm-pipeline/pipeline")
+        return self.request("GET", "/deployments/name/jaxlm-pipeline/fakes")
 
-    def trigger(self, do=None, *overrides, **env):
+    def trigger(self, do=None, *overrides, config="probe", **env):
+        """Makes a flow run of the deployment; a worker picks it up."""
         variables = {"FAKE_DO": json.dumps(do or {}), **env}
-        parameters = {"config": str(self.root / "probe.yaml"), "overrides": list(overrides), "root": str(self.root)}
+        parameters = {"config": str(self.root / f"{config}.yaml"), "overrides": list(overrides), "root": str(self.root)}
         body = {"parameters": parameters, "job_variables": {"env": {**self.stage_env(), **variables}}}
         return self.request("POST", f"/deployments/{self.deployment['id']}/create_flow_run", **body)["id"]
 
@@ -109,7 +133,7 @@ class Site:
     def state(self, run):
         return self.request("GET", f"/flow_runs/{run}")["state"]
 
-    def ended(self, run, seconds=120):
+    def ended(self, run, seconds=PATIENCE):
         """The final state of a flow run."""
 
         def final():
@@ -129,11 +153,16 @@ class Site:
             for file in self.root.glob(f"store/{stage}-*/pids.part"):
                 return int(file.read_text() or 0)
 
-        assert self.processes.wait_until(pid, 90), self.log()
+        assert self.processes.wait_until(pid, PATIENCE), self.log()
         return pid()
 
-    def status(self):
-        return json.loads((self.root / "runs" / "probe" / "status.json").read_text())
+    def cancel(self, run):
+        """As the button in the UI does."""
+        state = {"type": "CANCELLING", "name": "Cancelling"}
+        self.request("POST", f"/flow_runs/{run}/set_state", state=state, force=True)
+
+    def status(self, run="probe"):
+        return json.loads((self.root / "runs" / run / "status.json").read_text())
 
     def end(self):
         everything = [pid for each in self.started for pid in [each, *self.processes.descendants(each)]]
@@ -147,7 +176,7 @@ def site(prefect_home, tmp_path_factory, processes):
     made = Site(prefect_home, tmp_path_factory.mktemp("site") / "root", processes)
     try:
         made.start_server()
-        made.prefect("work-pool", "create", "jaxlm-test", "--type", "process", "--overwrite")
+        made.prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
         made.deployment = made.deploy()
         made.start_worker()
         yield made
@@ -177,26 +206,52 @@ def test_triggered_watched_and_completed(site):
 
 
 def test_cancelled_in_mid_training_and_resumed_by_the_next_run(site):
-    run = site.trigger({"pretrain": "sleep"}, "train.steps=5")
-    stage = site.asleep("pretrain")
-    cancelling = {"type": "CANCELLING", "name": "Cancelling"}
-    site.request("POST", f"/flow_runs/{run}/set_state", state=cancelling, force=True)
+    """The real pretraining, which notes each row that it reads."""
+    modules = {**{stage: f"jaxlm.stages.{stage}" for stage in VERSIONS}, "pretrain": "counting_pretrain"}
+    env = {"DEPLOYED_MODULES": json.dumps(modules), "COUNT_SLEEP": "0.5"}
+    run = site.trigger(config="letters", **env)
+
+    def steps():
+        return sum(len(file.read_text().splitlines()) for file in site.root.glob("store/pretrain-*/rows-0.part"))
+
+    assert site.processes.wait_until(lambda: steps() >= 3, PATIENCE), site.log()
+    children = site.processes.descendants(site.worker.pid)
+    site.cancel(run)
     assert site.ended(run)["type"] == "CANCELLED", site.log()
-    assert site.processes.wait_until(lambda: not site.processes.running(stage), 30)
-    (saved,) = site.root.glob("store/pretrain-*/saved.part")
-    assert not (saved.parent / "manifest.json").exists()
-    assert site.processes.wait_until(lambda: site.status()["state"] == "cancelled", 30), site.status()
-    assert site.status()["command"].startswith("jaxlm flow pipeline ")
-    again = site.trigger(None, "train.steps=5")
+    assert site.processes.wait_until(lambda: not any(map(site.processes.running, children)), 60)
+    before = steps()
+    assert 3 <= before < 60
+    assert site.processes.wait_until(lambda: site.status("letters")["state"] == "cancelled", PATIENCE), site.status(
+        "letters"
+    )
+    assert site.status("letters")["command"].startswith("jaxlm flow pipeline ")
+    again = site.trigger(config="letters", **{**env, "COUNT_SLEEP": "0"})
     assert site.ended(again)["type"] == "COMPLETED", site.log()
-    assert (saved.parent / "manifest.json").exists()
+    assert steps() == 60  # none was done twice, and none left out
+    assert site.status("letters")["state"] == "completed"
+    shown = {f"letters-pretrain-{what}" for what in ("progress", "metrics", "loss", "sample")} | {"letters-report"}
+    assert shown <= {item["key"] for item in site.request("POST", "/artifacts/filter", sort="CREATED_DESC")}
+
+
+def test_deployed_from_prefect_yaml_and_run_from_the_command_line(site):
+    """What docs/clusters.md shows; the stages are those that the test before has done."""
+    site.request("POST", "/work_pools/", name="jaxlm-cpu", type="process")
+    site.prefect("deploy", "--all", log="deploy", cwd=CHECKOUT)
+    config, root = site.root / "letters.yaml", site.root
+    words = ["--param", f"config={config}", "--param", f"root={root}", "--param", 'bounds=["val_loss<9"]']
+    site.prefect("deployment", "run", "jaxlm-pipeline/pipeline", *words, "--watch", log="run")
+    (run,) = site.request("POST", "/flow_runs/filter", deployments={"name": {"any_": ["pipeline"]}})
+    assert run["state"]["type"] == "COMPLETED", site.log()
+    assert run["name"] == "pipeline letters"
+    tasks = site.request("POST", "/task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
+    assert sorted(task["state"]["name"] for task in tasks) == ["Cached"] * 4 + ["Completed"]  # the last is the gate
 
 
 def test_a_killed_worker_takes_its_stage_along_and_the_next_one_continues(site):
     run = site.trigger({"sft": "sleep"}, "train.steps=6")
     stage = site.asleep("sft")
     site.kill(site.worker)
-    assert site.processes.wait_until(lambda: not site.processes.running(stage), 40)
+    assert site.processes.wait_until(lambda: not site.processes.running(stage), 60)
     assert list(site.root.glob("store/sft-*/saved.part"))
     site.start_worker()
     again = site.trigger(None, "train.steps=6")
@@ -210,11 +265,11 @@ def test_a_killed_server_is_told_the_truth_when_it_is_back(site):
     site.kill(site.server)
     manifest = lambda: list(site.root.glob("store/evaluate-*/manifest.json"))  # noqa: E731
     before = len(manifest())
-    assert site.processes.wait_until(lambda: len(manifest()) > before, 60)  # the stage has not noticed
+    assert site.processes.wait_until(lambda: len(manifest()) > before, PATIENCE)  # the stage has not noticed
     site.start_server()
     started = time.monotonic()
     assert site.ended(run)["type"] == "COMPLETED", site.log()
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert site.status()["state"] == "completed"
 
 
@@ -229,10 +284,10 @@ def test_all_flows_are_served_from_one_process(site):
         found = site.request("POST", "/deployments/filter", deployments={"tags": {"all_": ["jaxlm"]}})
         return {item["name"] for item in found} == names and found
 
-    assert site.processes.wait_until(there, 90), (site.root / "serve.log").read_text()[-3000:]
+    assert site.processes.wait_until(there, PATIENCE), (site.root / "serve.log").read_text()[-3000:]
     for deployment in there():
         for name, field in deployment["parameter_openapi_schema"]["properties"].items():
             assert field["title"] != name
             assert field["description"].endswith(".")
     served.send_signal(signal.SIGTERM)
-    served.wait(30)
+    served.wait(PATIENCE)

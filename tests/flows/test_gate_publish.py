@@ -72,9 +72,14 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path, files, monkeypatch):
         with pytest.raises(Exception, match="No space left"):
             publish.put(files, to, "probe-1", {"run": "probe"})
     assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out" / ".probe-1.part" / "model").mkdir(parents=True)  # a publication was killed in the middle
+    (tmp_path / "out" / ".probe-1.part" / "model" / "half.bin").touch()
     where = publish.put(files, to, "probe-1", {"run": "probe"})
     assert where == f"{to}/probe-1"
     assert Path(where, "model", "a.bin").read_bytes() == b"model/a.bin"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["probe-1"]
+    assert sorted(path.name for path in Path(where).iterdir()) == ["model", "published.json", "report"]
+    assert [path.name for path in Path(where, "model").iterdir()] == ["a.bin"]
     index = json.loads(Path(where, "published.json").read_text())
     assert index["files"]["model/a.bin"] == {"bytes": 11, "sha256": hashlib.sha256(b"model/a.bin").hexdigest()}
     before = Path(where, "published.json").stat().st_mtime_ns

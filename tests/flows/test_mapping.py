@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -88,8 +87,8 @@ def test_a_runner_whose_package_is_missing(monkeypatch):
 @pytest.mark.parametrize("runner", ["threads", "processes", "dask"])
 def test_a_flow_maps_the_shards_over_a_task_runner(stages, runner, prefect_home, tmp_path):
     """In a process of its own: Prefect reads its settings once."""
-    if runner == "dask" and importlib.util.find_spec("prefect_dask") is None:
-        pytest.skip("prefect-dask is not installed")
+    if runner == "dask":
+        pytest.importorskip("prefect_dask", reason="prefect-dask is not installed whole", exc_type=ImportError)
     alone, _ = run_stage(stages("alone"), launcher="inline")
     code = (
         "import sys\n"

@@ -57,29 +57,6 @@ def test_bad_input_is_told_before_prefect_starts(tmp_path, checkout):
     assert not (tmp_path / "home" / "prefect.db").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "sentence"),
-    [("train.stepz=3", "did you mean steps?"), ("pretrain.init_from=gone", "gone: no such run, stage or directory")],
-)
-def test_bad_settings_are_one_sentence(checkout, tmp_path, override, sentence):
-    # In a process of its own: what Prefect does to the streams at import has no place in this one.
-    (tmp_path / "a.yaml").write_text("")
-    command = [
-        sys.executable,
-        "-m",
-        "flows.pipeline",
-        str(tmp_path / "a.yaml"),
-        "--root",
-        str(tmp_path),
-        "--set",
-        override,
-    ]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
-    assert done.returncode == 65
-    assert sentence in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
 def test_the_guard_ends_what_its_owner_leaves_behind(checkout, processes):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     guard = subprocess.Popen(

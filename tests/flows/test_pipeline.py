@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-# All stages: the second step, the two with a gate, the first run of the sweep. prepare: 3. Those with other steps:
-# what is before pretrain.
-CACHED = 3 * 6 + 3 + 3 * 3 + 6
+# All stages: the two steps with a gate, the first run of the sweep. `prepare`, and those with other training steps:
+# what is before pretrain; of the fine-tuning's data `pretrain` itself needs none.
+CACHED = 3 * 6 + 4 * 3 + 2
 STAGES = ["download", "tokenize", "tokenize_sft", "pretrain", "sft", "evaluate"]
 
 
@@ -25,6 +25,7 @@ class Ended:
     err: str
     steps: list[dict[str, Any]]
     left: list[int]
+    ports: list[int]
     stage_pid: int
     scenario: Any
 
@@ -33,27 +34,28 @@ class Ended:
 def ended(make_scenario, processes, tmp_path_factory):
     scenario = make_scenario(tmp_path_factory.mktemp("root"))
     process = scenario.start(
-        {"do": {"download": "unavailable_once", "pretrain": "preempted_once"}},
-        {},
+        {"set": ["launcher=inline"], "do": {"download": "unavailable_once"}},
+        {"set": ["gate.bounds=[val_loss<=1.6, perplexity<5]", "publish.to=published"]},
         {"set": ["train.steps=3"], "do": {"pretrain": "input_error"}},
         {"set": ["train.steps=3"], "do": {"pretrain": "crash"}},
         {"last": "prepare"},
-        {"set": ["gate.bounds=[val_loss<=1.6, perplexity<5]", "publish.to=published"]},
         {"set": ["gate.bounds=[val_loss<=1.4]", "publish.to=elsewhere"]},
         {"grid": ["seed=0,1"], "set": ["launcher=inline"]},
+        {"set": ["train.steps=5"], "do": {"pretrain": "preempted_once"}, "last": "pretrain"},
         {"set": ["train.steps=4"], "do": {"pretrain": "sleep"}},
     )
     try:
         stage_pid = scenario.asleep("pretrain")
         started = processes.descendants(process.pid)
-        process.send_signal(signal.SIGTERM)
+        ports = list(scenario.servers().values())
+        os.killpg(process.pid, signal.SIGTERM)  # as a shell, a batch system or a supervisor does
         out, err = process.communicate(timeout=180)
     finally:
         scenario.end()
     processes.wait_until(lambda: not any(map(processes.running, started)), 10)
     left = [pid for pid in started if processes.running(pid)]
     steps = [json.loads(line) for line in out.splitlines() if line.startswith("\t")]
-    return Ended(process.returncode, out, err, steps, left, stage_pid, scenario)
+    return Ended(process.returncode, out, err, steps, left, ports, stage_pid, scenario)
 
 
 def test_a_pipeline_runs_every_stage_and_reports(ended):
@@ -103,18 +105,18 @@ def test_prepare_ends_with_the_data(ended):
 
 def test_a_gate_comes_before_the_publication(ended):
     root = ended.scenario.root
-    where = Path(ended.steps[5]["out"]["published"])
+    where = Path(ended.steps[1]["out"]["published"])
     assert where.parent == root / "published"
     assert json.loads((where / "published.json").read_text())["run"] == "probe"
     assert (where / "report" / "report.md").exists()
     assert "gate: val_loss is 1.5, and gate.bounds wants val_loss <= 1.6: kept" in ended.out
-    assert ended.steps[6]["exit_code"] == 70
-    assert ended.steps[6]["message"].startswith("gate: val_loss is 1.5, and gate.bounds wants val_loss <= 1.4; ")
+    assert ended.steps[5]["exit_code"] == 70
+    assert ended.steps[5]["message"].startswith("gate: val_loss is 1.5, and gate.bounds wants val_loss <= 1.4; ")
     assert not (root / "elsewhere").exists()
 
 
 def test_a_sweep_compares_the_runs_of_a_grid(ended):
-    out = ended.steps[7]["out"]
+    out = ended.steps[6]["out"]
     assert [(row["run"], row["seed"], row["val_loss"]) for row in out["table"]] == [
         ("probe-0", "0", 1.5),
         ("probe-1", "1", 1.5),
@@ -142,7 +144,7 @@ def test_lineage_is_written(ended):
 
 def test_runs_are_named_and_tagged(ended):
     names = [name for (name,) in ended.scenario.rows("select name from flow_run order by start_time")]
-    assert names[0] == "probe probe"
+    assert names[0] == "probe probe launcher=inline"
     assert names[2] == "probe probe train.steps=3"
     tags = ended.scenario.rows("select tags from task_run where name like 'pretrain-%'")
     assert {tuple(sorted(json.loads(each))) for (each,) in tags} == {("jaxlm", "jaxlm-accelerator", "pretrain")}
@@ -157,6 +159,9 @@ def test_sigterm_lets_the_stage_save_and_leaves_nothing_behind(ended, processes)
     assert ended.steps[8]["message"] == "saved at step 7; run the same command to continue."
     assert ended.left == []
     assert not processes.running(ended.stage_pid)
+    assert len(ended.ports) == 1
+    assert not processes.listening(ended.ports[0])
+    assert list(ended.scenario.temporary.iterdir()) == []
     assert len(list(ended.scenario.root.glob("store/pretrain-*/saved.part"))) == 1
     assert ended.scenario.rows("select state_type from flow_run order by start_time")[-1] == ("CRASHED",)
 
@@ -175,19 +180,40 @@ def test_sigkill_leaves_neither_stage_nor_server(scenario, processes):
     scenario.asleep("tokenize")
     started = processes.descendants(process.pid)
     assert len(started) >= 3  # the stage, the server, its guard
+    (port,) = scenario.servers().values()
     process.kill()
     process.communicate()
+    assert processes.wait_until(lambda: not any(map(processes.running, started)), 20)
+    assert not processes.listening(port)
+    assert list(scenario.temporary.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_when_the_server_gets_the_same_sigterm_the_flow_does_not_wait_for_it(scenario, processes):
+    """A supervisor that ends every process of a service, in whatever order."""
+    process = scenario.start({"do": {"tokenize": "sleep"}})
+    scenario.asleep("tokenize")
+    started = processes.descendants(process.pid)
+    (server,) = scenario.servers()
+    os.kill(server, signal.SIGTERM)
+    assert processes.wait_until(lambda: not processes.running(server), 30)
+    process.send_signal(signal.SIGTERM)
+    before = time.monotonic()
+    _, err = process.communicate(timeout=200)
+    assert time.monotonic() - before < 30  # it was four minutes
+    assert process.returncode == 75
+    assert "saved at step 7; run the same command to continue." in err
+    assert list(scenario.root.glob("store/tokenize-*/saved.part"))
+    assert json.loads((scenario.root / "runs" / "probe" / "status.json").read_text())["state"] == "cancelled"
     assert processes.wait_until(lambda: not any(map(processes.running, started)), 20)
 
 
 @pytest.mark.slow
 def test_a_server_that_dies_neither_fails_nor_delays_the_run(scenario, processes):
     process = scenario.start({"do": {"tokenize": "sleep"}}, FAKE_SECONDS="3")
-    stage = scenario.asleep("tokenize")
-    for pid in processes.descendants(process.pid):
-        with open(f"/proc/{pid}/cmdline") as file:
-            if pid != stage and "uvicorn" in file.read():
-                os.kill(pid, signal.SIGKILL)
+    scenario.asleep("tokenize")
+    (server,) = scenario.servers()
+    os.kill(server, signal.SIGKILL)
     started = time.monotonic()
     process.communicate(timeout=200)
     assert process.returncode == 0

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from jaxlm.errors import InputError
 from jaxlm.launch import Handle, kept, submit_once
 from jaxlm.launch.local import LocalLauncher
+from jaxlm.launch_config import LaunchConfig
+from jaxlm.stages import runner
+from jaxlm.stages.runner import StageTimeoutError, run_stage
+from jaxlm.stages.spec import Spec
 
 
 def sh(make_job, script, **given):
@@ -93,3 +98,23 @@ def test_a_handle_of_a_cluster_is_not_taken_for_one_of_ours(make_job):
     (job.directory / "launch.json").write_text("{}")
     with pytest.raises(InputError, match=r"launch\.json: not the handle of a job"):
         submit_once(LocalLauncher(), job)
+
+
+def test_a_stage_that_takes_too_long_saves_and_is_not_tried_again(fake_stages, tmp_path, monkeypatch):
+    spec = Spec("pretrain", 1, {"value": 1}, options={"do": "sleep"}, root=str(tmp_path), module="fake_stage")
+    passed, told = [0.0], []
+
+    def echo(line):
+        told.append(line)
+        while not (spec.directory / "pids.part").exists():
+            time.sleep(0.02)
+        passed[0] = 7200.0  # the launcher's clock is two hours on
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    monkeypatch.setattr(runner, "time", clock)
+    with pytest.raises(StageTimeoutError, match=r"has not ended after launch\.timeout_hours=1; it was told to save"):
+        run_stage(spec, launch=LaunchConfig(timeout_hours=1.0), echo=echo)
+    assert StageTimeoutError.exit_code == 75
+    assert told == ["pretrain says sleep"]
+    assert (spec.directory / "saved.part").exists()
+    assert kept(spec.directory) is None

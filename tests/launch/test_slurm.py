@@ -18,8 +18,10 @@ from jaxlm.errors import InputError, Preempted, UnavailableError
 from jaxlm.launch import kept, slurm, submit_once
 from jaxlm.launch.slurm import SlurmLauncher
 from jaxlm.launch_config import LaunchConfig, SlurmConfig
+from jaxlm.stages import runner
 from jaxlm.stages.runner import CancelledError, run_stage
 from jaxlm.stages.spec import Spec
+from jaxlm.stages.store import write_spec
 
 FAKE = Path(__file__).parent / "fakes" / "slurm.py"
 QUICK = SlurmConfig(poll_seconds=0.05, kill_wait=5.0)
@@ -220,6 +222,20 @@ def test_the_sentence_of_a_stage_on_a_cluster(cluster, stage):
     with pytest.raises(Preempted, match="saved at step 1"):
         run_stage(stage("preempted_once"), launch=ON_SLURM, echo=lambda line: None)
     run_stage(stage("preempted_once"), launch=ON_SLURM, echo=lambda line: None)
+
+
+def test_a_flow_that_was_killed_goes_on_with_its_job(cluster, stage):
+    spec, lines = stage("write"), []
+    (cluster.home / "hold").touch()
+    directory = write_spec(spec).resolve()
+    job = runner._job(spec, directory, ON_SLURM, terminal=False, follow=False)
+    handle, _ = submit_once(SlurmLauncher(QUICK), job)  # and then its process was killed
+    (cluster.home / "hold").unlink()
+    manifest, cached = run_stage(spec, launch=ON_SLURM, echo=lines.append)
+    assert not cached
+    assert f"pretrain: goes on as slurm job {handle.id}" in lines
+    assert cluster.jobs() == [handle.id]
+    assert kept(manifest.directory) is None
 
 
 class Asked(BaseException):

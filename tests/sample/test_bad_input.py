@@ -5,20 +5,22 @@ A bigram table, so that each next token's logits are a row that the test has wri
 
 from __future__ import annotations
 
-import jax
+from functools import cache
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
-from jaxlm.sample import Request, Sampling, beam_searches, generate, prepare, sample_token, serve, speculate, stream
+from jaxlm.sample import Request, Sampling, beam_searches, generate, prepare, serve, speculate, stream
 
 QUICK_COMPILE = True
 
-V, CONTEXT, NEW = 8, 16, 4  # one width of prompts, so few programs
+# The model, prompts of one width and answers of one room, so that few programs are compiled: those of test_stream.py.
+V, CONTEXT, NEW = 257, 32, 16
 CFG = ModelConfig(kind="bigram", vocab_size=V, max_seq_len=CONTEXT)
-NAN, NOTHING = 6, 7  # after these tokens a logit is NaN, all are -inf
+REAL, NAN, NOTHING = 6, 6, 7  # tokens that may follow; after the two others a logit is NaN, all are -inf
 CLEAN = [[1, 2], [3], [4, 5, 0], [2] * 9, [0, 5]]
 DRAWN = Sampling(temperature=0.9, seed=3)  # of its own: the answer does not depend on the number of the request
 
@@ -27,7 +29,7 @@ class Letters:
     vocab_size = V
 
     def decode(self, ids):
-        return "".join("abcdefgh"[i] for i in ids)
+        return "".join(chr(97 + i) for i in ids)
 
     def pieces(self, ids):
         for i in ids:
@@ -36,9 +38,9 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def params():
-    table = np.random.default_rng(0).normal(size=(V, V)).astype(np.float32) * 2
-    table[:, [NAN, NOTHING]] = -np.inf  # they come in prompts only
-    table[NAN, 3], table[NOTHING] = np.nan, -np.inf
+    table = np.full((V, V), -np.inf, np.float32)
+    table[:, :REAL] = np.random.default_rng(0).normal(size=(V, REAL)) * 2
+    table[NAN, 3], table[NOTHING] = np.nan, -np.inf  # they come in prompts only
     return prepare(CFG, {"bigram": {"table": jnp.asarray(table)}})
 
 
@@ -86,36 +88,52 @@ SAMPLERS = [by_generate, by_stream, by_serve, by_lookup, by_draft]
 WAYS = [*SAMPLERS, by_beams]
 
 
+def cases(ways):
+    """Each way in a batch of three and alone; those that take long to compile, and share no program, are slow."""
+    quick = {(by_generate, 3), (by_generate, 1), (by_stream, 1), (by_serve, 3), (by_beams, 3)}
+    for way in ways:
+        for slots in (1,) if way is by_stream else (3, 1):
+            marks = () if (way, slots) in quick else pytest.mark.slow
+            yield pytest.param(way, slots, id=f"{way.__name__}-{slots}", marks=marks)
+
+
 def names(way):
     return way.__name__
 
 
-@pytest.mark.parametrize("bad", [NAN, NOTHING], ids=["nan", "all_inf"])
-@pytest.mark.parametrize("way", WAYS, ids=names)
-def test_a_row_without_a_distribution_is_an_error_of_its_own(params, way, bad):
+@pytest.fixture(scope="module")
+def clean(params):
+    """clean(way, slots) -> what the clean prompts give together."""
+    return cache(lambda way, slots: way(params, CLEAN, slots, DRAWN))
+
+
+@pytest.mark.parametrize(("way", "slots"), cases(WAYS))
+def test_a_row_without_a_distribution_is_an_error_of_its_own(params, clean, way, slots):
     """Alone, in a batch, and with more requests than slots."""
-    want = way(params, CLEAN, 3, DRAWN)
+    want = clean(way, slots)
     assert {reason for _, reason in want} == {"length"}
     assert {len(tokens) for tokens, _ in want} == {NEW}
-    for slots in (1, 3):
+    if way not in (by_draft, by_beams):  # all others promise the tokens of `generate`
+        assert want == clean(by_generate, 3)
+    for bad in (NAN, NOTHING):
         assert way(params, [[1, bad]], slots, DRAWN) == [([], "error")]
-    among = [CLEAN[0], [1, bad], *CLEAN[1:3], [bad], *CLEAN[3:]]
-    got = way(params, among, 3, DRAWN)
-    assert [got[1], got[4]] == [([], "error")] * 2
-    assert [got[i] for i in (0, 2, 3, 5, 6)] == want
+        among = [CLEAN[0], [1, bad], *CLEAN[1:3], [bad], *CLEAN[3:]]
+        got = way(params, among, slots, DRAWN)
+        assert [got[1], got[4]] == [([], "error")] * 2
+        assert [got[i] for i in (0, 2, 3, 5, 6)] == want
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
-def test_more_requests_than_slots_wait(params, way):
-    assert way(params, CLEAN, 1, DRAWN) == way(params, CLEAN, 3, DRAWN)
+@pytest.mark.parametrize(("way", "slots"), cases(WAYS))
+def test_more_requests_than_slots_wait(params, clean, way, slots):
+    assert len(CLEAN) > slots
+    assert clean(way, slots) == [way(params, [prompt], slots, DRAWN)[0] for prompt in CLEAN]
 
 
-@pytest.mark.parametrize("way", SAMPLERS, ids=names)
-def test_k_beyond_the_vocabulary_keeps_all(params, way):
-    for slots in (1, 3):
-        want = way(params, CLEAN, slots, DRAWN)
-        for k in (V, V + 1, 2**31 - 1):
-            assert way(params, CLEAN, slots, Sampling(temperature=0.9, seed=3, top_k=k)) == want
+@pytest.mark.parametrize(("way", "slots"), cases(SAMPLERS))
+def test_k_beyond_the_vocabulary_keeps_all(params, clean, way, slots):
+    for k in (V, V + 1, 2**31 - 1):
+        options = Sampling(temperature=0.9, seed=3, top_k=k)
+        assert way(params, CLEAN[:3], slots, options) == clean(way, slots)[:3]
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -126,7 +144,7 @@ def test_a_wrong_request_is_one_clear_error(params, way, slots):
     for prompts, more, message in (
         ([[1], []], {}, f"^prompt {at}: is empty; give it at least one token, such as the end-of-text id.$"),
         ([[1], [V]], {}, f"^prompt {at}: id {V} is outside the vocabulary of {V} tokens.$"),
-        ([[1], long], {}, f"^prompt {at}: 13 tokens and 4 new ones exceed the model's context of 16; "),
+        ([[1], long], {}, f"^prompt {at}: 17 tokens and 16 new ones exceed the model's context of 32; "),
         ([[1]], {"overflow": "wrap"}, "^overflow: must be .*found 'wrap'"),
     ):
         with pytest.raises(InputError, match=message):
@@ -146,44 +164,30 @@ def test_a_wrong_request_is_one_clear_error(params, way, slots):
             way(params, [[1]], slots, Sampling(**option))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
-def test_a_prompt_beyond_the_context_is_cut_or_slides_where_asked(params, way):
-    long = np.random.default_rng(1).integers(0, 6, CONTEXT + 5).tolist()
-    full = long[: CONTEXT - 1]  # fits, but not with the answer
-    for slots in (1, 3):
-        want = way(params, [long[-(CONTEXT - NEW) :], full[-(CONTEXT - NEW) :], *CLEAN], slots, DRAWN)
-        assert way(params, [long, full, *CLEAN], slots, DRAWN, overflow="crop") == want
-    if way in (by_generate, by_serve):
-        got = way(params, [long, full, *CLEAN], 3, DRAWN, overflow="slide")
-        assert got == by_generate(params, [long, full, *CLEAN], 3, DRAWN, overflow="slide")
-        assert got[2:] == want[2:]
-    elif way is not by_stream:  # tests/sample/test_stream.py has that it slides
-        with pytest.raises(
-            InputError, match=r"^overflow: must be refuse or crop, found 'slide'; only generate, stream"
-        ):
-            way(params, [long], 1, DRAWN, overflow="slide")
+@pytest.fixture(scope="module")
+def long():
+    """A prompt beyond the context, and one that fits, but not with its answer."""
+    ids = np.random.default_rng(1).integers(0, REAL, CONTEXT + 5).tolist()
+    return ids, ids[: CONTEXT - 1]
 
 
-@pytest.mark.parametrize("shape", [(), (3,)])
-def test_the_sampler_alone_has_a_result_for_bad_options_too(shape):
-    """As data they cannot be refused: p outside [0, 1] is off or greedy, k > V is off, other nonsense gives -1."""
-    logits = jnp.broadcast_to(jnp.array([0.5, 3.0, 2.9, -1.0, 2.8]), (*shape, 5))
-    keys = jax.random.split(jax.random.key(1), shape) if shape else jax.random.key(1)
+@pytest.mark.parametrize(("way", "slots"), cases(WAYS))
+def test_a_prompt_beyond_the_context_is_cut_where_asked(params, clean, long, way, slots):
+    want = way(params, [ids[-(CONTEXT - NEW) :] for ids in long], slots, DRAWN)
+    assert {len(tokens) for tokens, _ in want} == {NEW}
+    assert way(params, [*long, *CLEAN], slots, DRAWN, overflow="crop") == [*want, *clean(way, slots)]
 
-    def draw(logits=logits, **options):
-        return np.asarray(sample_token(keys, logits, **options))
 
-    plainly = draw()
-    for off in ({"top_p": 1.5}, {"top_k": 6}, {"top_k": -1}, {"min_p": -0.5}):
-        assert np.array_equal(draw(**off), plainly)
-    for greedy in ({"top_p": -0.5}, {"min_p": 1.5}, {"temperature": 0.0}):
-        assert np.array_equal(draw(**greedy), np.full(shape, 1))
-    for nothing in ({"temperature": -1.0}, {"temperature": jnp.nan}, {"top_p": jnp.nan}, {"temperature": jnp.inf}):
-        assert np.array_equal(draw(**nothing), np.full(shape, -1))
-    for bad in (jnp.nan, -jnp.inf):
-        assert np.array_equal(
-            draw(logits.at[..., 2].set(bad) if np.isnan(bad) else logits * 0 + bad), np.full(shape, -1)
-        )
-    if shape:  # one bad row
-        mixed = logits.at[(0,) * len(shape)].set(jnp.nan)
-        assert np.array_equal(draw(mixed).ravel()[1:], plainly.ravel()[1:])
+@pytest.mark.parametrize("way", [by_lookup, by_draft, by_beams], ids=names)
+def test_a_window_slides_only_in_ways_that_say_so(params, long, way):
+    message = r"^overflow: must be refuse or crop, found 'slide'; only generate, stream"
+    with pytest.raises(InputError, match=message):
+        way(params, long[:1], 1, DRAWN, overflow="slide")
+
+
+@pytest.mark.slow  # tests of `generate`, `stream` and the engine have what sliding windows give
+def test_a_window_slides_beside_requests_that_do_not(params, clean, long):
+    prompts = [*long, *CLEAN]
+    want = by_generate(params, prompts, 3, DRAWN, overflow="slide")
+    assert by_serve(params, prompts, 3, DRAWN, overflow="slide") == want
+    assert want[2:] == clean(by_generate, 3)

@@ -24,6 +24,7 @@ PLAIN = ModelConfig(vocab_size=12, n_layers=1, d_model=16, n_heads=2, n_kv_heads
 LOOKING_BACK = PLAIN.replace(n_kv_heads=2, embed_mix=3, key_offset=True, qk_norm=True)
 PROMPT = [3, 1, 4]
 STOPS = ((0, 11), (2, 6), (9, 4))
+SLOTS = 4  # of almost all searches, so that few programs are compiled
 
 
 class Model:
@@ -41,7 +42,9 @@ class Model:
         return np.asarray(self._full(rows), np.float64)[: len(sequences), len(sequences[0]) - 1]
 
 
-@pytest.fixture(scope="module", params=[PLAIN, LOOKING_BACK], ids=["plain", "looking_back"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(PLAIN, marks=pytest.mark.slow), LOOKING_BACK], ids=["plain", "looking_back"]
+)
 def model(request):
     return Model(request.param)
 
@@ -110,8 +113,8 @@ def test_with_enough_beams_it_is_brute_force(model, penalty):
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0, -1.0])
 def test_few_beams_are_those_of_a_plain_search(model, stop_ids, early, penalty):
     want = plain_beams(model, 4, 7, set(stop_ids), penalty, early)
-    got = beam_search(
-        model.cfg, model.params, PROMPT, n_beams=4, max_new_tokens=7, length_penalty=penalty,
+    (got,) = beam_searches(
+        model.cfg, model.params, [PROMPT], slots=SLOTS, n_beams=4, max_new_tokens=7, length_penalty=penalty,
         early_stopping=early, n_best=4, stop_ids=stop_ids,
     )  # fmt: skip
     assert [h.tokens for h in got] == [tokens for _, tokens in want]
@@ -141,7 +144,6 @@ def test_one_beam_is_greedy_and_more_find_what_greedy_misses():
     assert [h.tokens for h in others] == [[1, 0], [1, 1], [1, 2]]
 
 
-SLOTS = 4
 RAGGED = [PROMPT, [7], list(range(11)), [5, 5], [0, 1, 2, 3, 4], [11]]
 
 
@@ -154,7 +156,14 @@ def test_prompts_search_side_by_side_as_if_alone(model, early):
     assert len({tuple(len(h.tokens) for h in found) for found in together}) > 2
     for prompt, found in zip(RAGGED, together, strict=True):
         assert [found] == beam_searches(model.cfg, params, [prompt], slots=SLOTS, **options)  # bit for bit
-        alone = beam_search(model.cfg, params, prompt, **options)
+
+
+@pytest.mark.slow
+def test_one_slot_finds_what_four_find(model):
+    options = {"n_beams": 4, "n_best": 4, "max_new_tokens": 7, "stop_ids": STOPS[0]}
+    together = beam_searches(model.cfg, model.params, RAGGED, slots=SLOTS, **options)
+    for prompt, found in zip(RAGGED, together, strict=True):
+        alone = beam_search(model.cfg, model.params, prompt, **options)
         assert [h.tokens for h in found] == [h.tokens for h in alone]
         np.testing.assert_allclose([h.score for h in found], [h.score for h in alone], atol=1e-4)
 
@@ -176,9 +185,9 @@ def test_a_nan_drops_its_beam_and_a_prompt_of_nan_is_an_error():
     table = jnp.log(jnp.array([[0.1, 0.3, 0.6], [0.5, 0.5, 0.0], [jnp.nan, 1.0, 1.0]]))
     cfg = ModelConfig(kind="bigram", vocab_size=3)
     params = {"bigram": {"table": table}}
-    got = beam_search(cfg, params, [1], n_beams=3, max_new_tokens=2, n_best=3, length_penalty=0.0)
+    got = beam_search(cfg, params, [1], n_beams=9, max_new_tokens=2, n_best=3, length_penalty=0.0)
     assert [h.tokens for h in got] == [[0, 2], [1, 0], [1, 1]]
-    (none,) = beam_search(cfg, params, [2], n_beams=3, max_new_tokens=2, n_best=2)
+    (none,) = beam_search(cfg, params, [2], n_beams=9, max_new_tokens=2, n_best=2)
     assert none == Hypothesis([], None, -math.inf, -math.inf, "error")
 
 

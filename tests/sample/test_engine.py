@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
+from jaxlm.model import apply
 from jaxlm.sample import Sampling, engine, generate, prepare
 from jaxlm.sample.engine import Request
 from jaxlm.sample.serve import serve
@@ -18,11 +20,11 @@ V = 60
 # D = 256: XLA computes a one-row product differently from a row of several only from D = 128 on. Token ids and keys
 # that lie one place on must travel with a row.
 CFG = ModelConfig(
-    vocab_size=V, n_layers=1, d_model=256, n_heads=4, n_kv_heads=2, max_seq_len=64, tie_embeddings=False, embed_mix=2,
+    vocab_size=V, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, max_seq_len=32, tie_embeddings=False, embed_mix=2,
     key_offset=True,
 )  # fmt: skip
-# One shape for all tests. The capacity is the context, so that windows may slide.
-SLOTS, CAPACITY, ROOM, TOP = 4, 64, 16, 2
+# One shape for all tests, also of test_generate.py. The capacity is the context, so that windows may slide.
+SLOTS, CAPACITY, ROOM, TOP = 4, 32, 16, 2
 SHAPE = {"slots": SLOTS, "capacity": CAPACITY, "n_new": ROOM}
 
 
@@ -48,7 +50,7 @@ def counted(compiled):
 
 @pytest.fixture(scope="module")
 def params(random_params):
-    return prepare(CFG, random_params(CFG, 0.04))
+    return prepare(CFG, random_params(CFG, 0.04, head=40))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def requests():
         Sampling(logit_bias={9: 2.0}, min_new_tokens=4), Sampling(temperature=1.3, seed=2),
         Sampling(presence_penalty=1.0),
     ]  # fmt: skip
-    lengths, wanted = (11, 1, 17, 30, 5, 16, 8, 2, 25), (16, 5, 12, 9, 1, 14, 7, 16, 3)
+    lengths, wanted = (11, 1, 17, 23, 5, 16, 8, 2, 25), (16, 5, 12, 9, 1, 14, 7, 16, 3)
     return [
         Request(rng.integers(0, V, n).tolist(), new, sampling, stop_ids=(50, 51))
         for n, new, sampling in zip(lengths, wanted, options, strict=True)
@@ -115,23 +117,28 @@ def test_several_samples_are_those_of_generate(params, requests, answers):
     assert got[seeded] == answers[3]
 
 
-def test_what_exceeds_the_context_slides_as_in_generate(params, requests):
-    """Windows that slide beside requests that do not, each as in `generate`."""
+def test_what_exceeds_the_context_slides_beside_what_does_not(params, requests, answers, windows):
+    """As the naive loop over windows has it, which `generate` has as well."""
     rng = np.random.default_rng(5)
-    long = [Request(rng.integers(0, V, n).tolist(), 16, Sampling(seed=n), stop_ids=(50, 51)) for n in (60, 64, 70, 150)]
-    mixed = [long[0], requests[1], long[1], long[2], requests[2], long[3]]
-    want = generated(params, mixed, overflow="slide")
-    assert max(len(r.prompt) + len(g.tokens) for r, g in zip(mixed[:1], want, strict=False)) > CFG.max_seq_len
-    assert_same(run(params, mixed, overflow="slide"), want)
-    assert_same(dict(serve(CFG, params, mixed, slots=SLOTS, n_new=ROOM, overflow="slide", top_log_probs=TOP)), want)
+    long = [Request(rng.integers(0, V, n).tolist(), 16, Sampling(temperature=0)) for n in (28, 32, 38, 80)]
+    mixed = [long[0], *requests[1:3], *long[1:]]
+    got = run(params, mixed, overflow="slide")
+    assert dict(serve(CFG, params, mixed, slots=SLOTS, n_new=ROOM, overflow="slide", top_log_probs=TOP)) == got
+    assert [got[1], got[2]] == [answers[1], answers[2]]
+    full = jax.jit(lambda tokens: jax.nn.log_softmax(apply(CFG, params, tokens)))
+    for i in (0, 3, 4, 5):
+        seen, lengths = windows(CFG.max_seq_len, mixed[i].prompt, got[i].tokens)
+        scores = np.asarray(full(seen))[np.arange(16), lengths - 1]
+        assert got[i].tokens == scores.argmax(-1).tolist()
+        np.testing.assert_allclose(got[i].log_probs, scores.max(-1), atol=1e-4)
 
     state = engine.insert(CFG, params, engine_of(params), 0, long[1], overflow="slide")  # a full window
     state = engine.step(CFG, params, state, 3)
     assert state.rows.n_new[0] == 1
     state = engine.step(CFG, params, state, 3)  # does not move before it is cut
-    assert (int(state.rows.n_new[0]), int(state.rows.cache.length[0])) == (1, 64)
+    assert (int(state.rows.n_new[0]), int(state.rows.cache.length[0])) == (1, 32)
     state = engine.step(CFG, params, engine.slide(CFG, params, state), 3)
-    assert (int(state.rows.n_new[0]), int(state.rows.cache.length[0])) == (4, 31 + 3)
+    assert (int(state.rows.n_new[0]), int(state.rows.cache.length[0])) == (4, 15 + 3)
 
 
 def test_order_slots_and_neighbours_change_no_bit(params, requests, answers):
@@ -153,10 +160,10 @@ def test_order_slots_and_neighbours_change_no_bit(params, requests, answers):
 
 
 def test_compilations_are_bounded(params, counted):
-    """Every length that fits: one step, one insertion for each power of two of the prompt, 16 to 64."""
-    every = [Request([n % V] * n, 1 + n % 2, Sampling(top_k=n, seed=n), stop_ids=(n % 7,)) for n in range(1, 63)]
-    assert len(run(params, every)) == 62
-    assert counted() == {"step": 1, "_insert": 3, "_free": 1}  # in all that this module has run
+    """Every length that fits: one step, one insertion for each power of two of the prompt, 16 and 32."""
+    every = [Request([n % V] * n, 1 + n % 2, Sampling(top_k=n, seed=n), stop_ids=(n % 7,)) for n in range(1, 31)]
+    assert len(run(params, every)) == 30
+    assert counted() == {"step": 1, "_insert": 2, "_free": 1}  # in all that this module has run
 
 
 def test_a_step_ends_with_the_first_request_that_does(params, requests):
@@ -195,7 +202,16 @@ def test_stop_strings_and_text(params):
     assert (got[1], got[2].tokens) == (whole, whole.tokens[:4])
 
 
-def test_more_stop_ids_than_any_before_make_room(params, answers, requests):
+def test_more_stop_ids_than_any_before_make_room(params, requests):
+    state = engine.insert(CFG, params, engine_of(params), 2, requests[0])
+    state = engine.insert(CFG, params, state, 0, Request([1], 2, stop_ids=tuple(range(20, 45))))
+    assert state.requests.stop_ids[0].tolist() == [*range(20, 45), *[-1] * 7]
+    assert state.requests.stop_ids[2].tolist() == [50, 51, *[-1] * 30]
+    assert state.requests.stop_ids[1].tolist() == state.idle.stop_ids[0].tolist() == [-1] * 32
+
+
+@pytest.mark.slow
+def test_more_stop_ids_than_any_before_change_no_other_answer(params, answers, requests):
     many = Request(requests[0].prompt, 16, requests[0].sampling, stop_ids=tuple(range(20, 45)))
     got = run(params, [*requests[:3], many])
     assert [got[i] for i in range(3)] == [answers[i] for i in range(3)]
@@ -226,13 +242,17 @@ def test_an_iterator_is_taken_from_as_slots_come_free(params, requests, answers)
 
 
 def test_a_bigram_has_no_keys_to_copy():
-    cfg = ModelConfig(kind="bigram", vocab_size=5)
-    params = {"bigram": {"table": jnp.zeros((5, 5))}}
-    state = engine.init(cfg, params, slots=2, capacity=32, n_new=16)
+    cfg = ModelConfig(kind="bigram", vocab_size=257, max_seq_len=32)  # and all sizes: the programs of test_bad_input.py
+    params = {"bigram": {"table": jnp.zeros((257, 257))}}
+    state = engine.init(cfg, params, slots=3, capacity=32, n_new=16)
     state = engine.insert(cfg, params, state, 1, Request([1, 3], 2))
     rows = state.rows
-    assert [leaf.tolist() for leaf in (rows.last, rows.cache.length, rows.finished)] == [[0, 3], [0, 1], [2, 0]]
-    assert engine.free(state, 1).used.tolist() == [False, False]
+    assert [leaf.tolist() for leaf in (rows.last, rows.cache.length, rows.finished)] == [
+        [0, 3, 0],
+        [0, 1, 0],
+        [2, 0, 2],
+    ]
+    assert engine.free(state, 1).used.tolist() == [False] * 3
     assert dict(serve(cfg, params, [], slots=3)) == {}
 
 
@@ -243,16 +263,16 @@ def test_bad_use_is_one_clear_error(params):
         (1, Request([1], 2), "slot: 1 is in use"),
         (4, Request([1], 2), "slot: must be 0 to 3, found 4"),
         (0, Request([], 2), "is empty"),
-        (0, Request([1] * 60, 10), "exceed the model's context of 64; .* 'slide'"),
+        (0, Request([1] * 30, 10), "exceed the model's context of 32; .* 'slide'"),
         (0, Request([1], 17), "exceeds a slot's room for 16"),
         (0, Request([1], 2, stop_ids=(V,)), f"stop_ids: {V} is outside"),
     ):
         with pytest.raises(InputError, match=message):
             engine.insert(CFG, params, state, slot, request)
-    small = engine.init(CFG, params, slots=1, capacity=48, n_new=ROOM)
+    small = engine.init(CFG, params, slots=1, capacity=24, n_new=ROOM)
     for length, way, message in (
-        (40, "refuse", "40 tokens and 10 new ones exceed a slot's capacity of 48"),
-        (60, "slide", "its window is to slide, which needs capacity=64"),
+        (20, "refuse", "20 tokens and 10 new ones exceed a slot's capacity of 24"),
+        (30, "slide", "its window is to slide, which needs capacity=32"),
     ):
         with pytest.raises(InputError, match=message):
             engine.insert(CFG, params, small, 0, Request([1] * length, 10), overflow=way)
@@ -261,12 +281,12 @@ def test_bad_use_is_one_clear_error(params):
             engine.harvest(state, slot)
     for sizes, message in (
         ({"slots": 0}, "slots: must be at least 1"),
-        ({"capacity": 65}, "capacity: must be at most the model's context of 64"),
+        ({"capacity": 33}, "capacity: must be at most the model's context of 32"),
         (
-            {"requests": [Request([1], 2), Request([1] * 47, 2)], "capacity": 48},
+            {"requests": [Request([1], 2), Request([1] * 23, 2)], "capacity": 24},
             "prompt 1: .* exceed a slot's capacity",
         ),
-        ({"requests": [Request([1] * 60, 9)], "capacity": 48, "overflow": "slide"}, "prompt 0: its window is to slide"),
+        ({"requests": [Request([1] * 30, 9)], "capacity": 24, "overflow": "slide"}, "prompt 0: its window is to slide"),
         ({"top_log_probs": V + 1}, "top_log_probs: must be between 0 and 60"),
         ({"n": 0}, "n: must be at least 1"),
         ({"overflow": "wrap"}, "overflow: must be refuse, crop or slide"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.sample import filter_logits, filters
+from jaxlm.sample import cuts, filter_logits, filters
 
 INF = np.inf
+ROWS, VOCAB = 270, 1000  # the shape of almost all tests, here and in test_sampler.py: few programs are compiled
 
 
 def reference(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
@@ -80,32 +83,73 @@ def cases(vocab: int, rows: int, seed: int):
     return x, options
 
 
-@pytest.mark.parametrize(("vocab", "rows"), [(1, 20), (7, 180), (1000, 270), (50257, 9)])
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(VOCAB, ROWS), slow(1, 20), slow(7, 180), slow(50257, 9)])
 def test_keeps_what_sorting_keeps_on_both_paths(vocab, rows):
     x, options = cases(vocab, rows, seed=vocab)
     searched = np.asarray(filter_logits(x, **options, window=0))
     for i in range(rows):
         row = {name: value[i] for name, value in options.items()}
         assert np.array_equal(searched[i], reference(x[i], **row)), (KINDS[i % len(KINDS)], row)
-    if vocab > 1:  # where every row's k is below the window, lax.top_k decides; 40 is a third path only at V > 40
-        options["top_k"] = np.where(options["temperature"] == 0, 0, np.clip(options["top_k"], 1, 20)).astype(np.int32)
-        windowed = np.asarray(filter_logits(x, **options, window=40))
-        assert np.array_equal(windowed, np.asarray(filter_logits(x, **options, window=0)))
+    if vocab == 1:
+        return
+    # Where every row's k is below the window, lax.top_k decides, unless a tie reaches beyond: so once with all rows,
+    # and once with those of them, over and over, whose ties end within the window.
+    options["top_k"] = np.where(options["temperature"] == 0, 0, np.clip(options["top_k"], 1, 20)).astype(np.int32)
+    hot = np.where(options["temperature"] == 0, 1, options["temperature"])[:, None]
+    y = (x / hot).astype(np.float32)
+    at_k = -np.sort(-y)[np.arange(rows), np.maximum(options["top_k"], 1) - 1]
+    ends = np.flatnonzero((options["temperature"] == 0) | ((y >= at_k[:, None]).sum(1) < 40))
+    assert len({KINDS[i % len(KINDS)] for i in ends}) > 4
+    for some in (np.arange(rows), np.resize(ends, rows)):
+        picked = {name: value[some] for name, value in options.items()}
+        windowed = np.asarray(filter_logits(x[some], **picked, window=40))
+        assert np.array_equal(windowed, np.asarray(filter_logits(x[some], **picked, window=0)))
 
 
-def test_a_row_alone_is_a_row_of_a_batch_and_of_vmap():
-    x, options = cases(1000, 270, seed=5)
+def test_the_most_likely_of_a_large_vocabulary_are_found_by_groups():
+    x = np.random.default_rng(4).normal(size=(3, 33_001)).astype(np.float32) * 3
+    x[1] = np.round(x[1])  # ties, and in the last row few that are possible
+    x[2, 50:] = -INF
+    values, places = map(np.asarray, jax.jit(cuts.most_likely, static_argnums=1)(x, 64))
+    assert np.array_equal(values, -np.sort(-x)[:, :64])
+    assert np.array_equal(np.take_along_axis(x, places, axis=1), values)
+    assert [len(set(row)) for row in places[:2].tolist()] == [64, 64]
+
+
+def test_a_row_alone_is_a_row_of_a_batch():
+    """And bfloat16 is worked on in float32: rows of such numbers, and the filtered ones are not."""
+    x, options = cases(VOCAB, ROWS, seed=5)
+    together = np.asarray(filter_logits(x, **options, window=0))
+    for i in range(KINDS.index("bf16"), ROWS, len(KINDS)):
+        alone = filter_logits(jnp.asarray(x[i], jnp.bfloat16), **{name: value[i] for name, value in options.items()})
+        assert alone.dtype == jnp.float32
+        assert np.array_equal(np.asarray(alone), together[i])
+
+
+@pytest.mark.slow
+def test_a_row_alone_is_one_of_vmap():
+    x, options = cases(VOCAB, ROWS, seed=5)
     together = np.asarray(filter_logits(x, **options, window=0))
     few = {name: value[:9] for name, value in options.items()}
     mapped = jax.vmap(lambda row, options: filter_logits(row, **options))(x[:9], few)
     assert np.array_equal(np.asarray(mapped), together[:9])
-    for i in range(0, 270, 10):
+    for i in range(0, ROWS, 10):
         alone = filter_logits(x[i], **{name: value[i] for name, value in options.items()})
         assert np.array_equal(np.asarray(alone), together[i])
 
 
-def kept(x, **options) -> list[int]:
-    return np.flatnonzero(np.isfinite(filter_logits(np.array(x, np.float32), **options))).tolist()
+def padded(row) -> np.ndarray:
+    """A short row as one of the shape that all tests share, with logits of -inf for the rest of the vocabulary."""
+    x = np.full((ROWS, VOCAB), -INF, np.float32)
+    x[:, : len(row)] = row
+    return x
+
+
+def kept(row, **options) -> list[int]:
+    return np.flatnonzero(np.isfinite(filter_logits(padded(row), **options)[0])).tolist()
 
 
 def test_rules_by_hand():
@@ -132,15 +176,15 @@ def test_rules_by_hand():
 
 def test_off_means_off_even_for_impossible_tokens():
     # exp(-200) is 0 in float32: p = 1 must not be a threshold.
-    x = np.array([0.0, -200.0, -1e30, 1.0], np.float32)
-    assert np.array_equal(np.asarray(filter_logits(x, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)), x)
-    assert np.array_equal(np.asarray(filter_logits(x, top_p=2.0, top_k=-1, min_p=-1.0, typical_p=3.0)), x)
-    assert np.array_equal(np.asarray(filter_logits(x, top_k=4)), x)
-    assert np.array_equal(np.asarray(filter_logits(x, top_k=2**31 - 1)), x)
+    x = padded([0.0, -200.0, -1e30, 1.0])
+    assert np.array_equal(filter_logits(x, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0), x)
+    assert np.array_equal(filter_logits(x, top_p=2.0, top_k=-1, min_p=-1.0, typical_p=3.0), x)
+    assert np.array_equal(filter_logits(x, top_k=VOCAB), x)
+    assert np.array_equal(filter_logits(x, top_k=2**31 - 1), x)
 
 
 def test_rows_without_a_distribution_leave_their_neighbours_alone():
-    x, options = cases(1000, 270, seed=1000)
+    x, options = cases(VOCAB, ROWS, seed=1000)
     want = np.asarray(filter_logits(x, **options, window=0))
     x[3, 17], x[4, 500], x[5] = np.nan, np.copysign(np.nan, -1), -INF
     options["temperature"][[3, 6, 7, 8]] = 0, -1, np.nan, INF
@@ -153,23 +197,16 @@ def test_rows_without_a_distribution_leave_their_neighbours_alone():
 
 
 def test_infinities_and_extreme_temperatures():
-    x = np.array([1.0, INF, 2.0, INF], np.float32)
-    assert np.asarray(filter_logits(x, top_p=0.9, typical_p=0.9)).tolist() == [-INF, INF, -INF, INF]
-    x = np.array([-4.0, -5.0, -3.0, -9.0], np.float32)
-    assert np.asarray(filter_logits(x, temperature=1e-38)).tolist() == [-INF, -INF, -3.0, -INF]
-
-
-def test_bfloat16_is_worked_on_in_float32():
-    x = jnp.asarray(np.random.default_rng(1).normal(size=7) * 4, jnp.bfloat16)
-    out = filter_logits(x, temperature=0.7, top_p=0.9)
-    assert out.dtype == jnp.float32
-    assert np.array_equal(np.asarray(out), reference(x.astype(jnp.float32), 0.7, top_p=0.9))
+    out = filter_logits(padded([1.0, INF, 2.0, INF]), top_p=0.9, typical_p=0.9)
+    assert np.array_equal(out, padded([-INF, INF, -INF, INF]))
+    out = filter_logits(padded([-4.0, -5.0, -3.0, -9.0]), temperature=1e-38)
+    assert np.array_equal(out, padded([-INF, -INF, -3.0, -INF]))
 
 
 def test_each_filter_works_alone():
-    x = np.random.default_rng(2).normal(size=(180, 7)).astype(np.float32) * 2
-    option = np.linspace(0, 1.1, 180, dtype=np.float32)
-    k = np.arange(180) % 9
+    x = np.random.default_rng(2).normal(size=(ROWS, VOCAB)).astype(np.float32) * 2
+    option = np.linspace(0, 1.1, ROWS, dtype=np.float32)
+    k = np.arange(ROWS) % 9
     assert np.array_equal(filters.temperature(x, option), filter_logits(x, temperature=option))
     assert np.array_equal(filters.top_k(x, k), filter_logits(x, top_k=k))
     for alone, name in ((filters.top_p, "top_p"), (filters.min_p, "min_p"), (filters.typical, "typical_p")):
@@ -184,7 +221,7 @@ def test_gradient_reaches_kept_logits_only():
 
 
 def test_no_option_recompiles(compiled):
-    x = np.zeros(4, np.float32)
+    x = padded([0.0])
     filter_logits(x)
     before = compiled.count("_filter")
     filter_logits(x, temperature=0, top_k=99, top_p=0.5)

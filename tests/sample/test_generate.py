@@ -12,12 +12,17 @@ import pytest
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import apply
-from jaxlm.sample import Sampling, generate, prepare, requests, sample_token
+from jaxlm.sample import Sampling, generate, prepare, requests
 
 QUICK_COMPILE = True
 
 V = 60
-CFG = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=32, tie_embeddings=False)
+# With slots, lengths and `top_log_probs` as in test_engine.py, whose programs are used.
+CFG = ModelConfig(
+    vocab_size=V, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, max_seq_len=32, tie_embeddings=False, embed_mix=2,
+    key_offset=True,
+)  # fmt: skip
+SMALL = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=16, tie_embeddings=False)
 GREEDY = Sampling(temperature=0)
 
 
@@ -36,7 +41,7 @@ class Wide(Letters):
 
 @pytest.fixture(scope="module")
 def params(random_params):
-    return random_params(CFG)
+    return prepare(CFG, random_params(CFG, 0.04, head=40))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,9 @@ def prompts():
 
 
 def run(params, prompts, **more):
-    return generate(CFG, params, prompts, **{"max_new_tokens": 9, "slots": 4, "sampling": GREEDY, **more})
+    return generate(
+        CFG, params, prompts, **{"max_new_tokens": 9, "slots": 4, "sampling": GREEDY, "top_log_probs": 2, **more}
+    )
 
 
 def test_greedy_is_the_naive_loop_and_compilations_are_bounded(params, prompts, compiled):
@@ -55,7 +62,9 @@ def test_greedy_is_the_naive_loop_and_compilations_are_bounded(params, prompts, 
 
     before = count()
     out = run(params, prompts)
-    assert (count() - before).tolist() == [2, 2]  # lengths 1 .. 23 fall into two buckets, 16 and 32
+    assert (count() - before <= 2).all()  # lengths 1 .. 23 fall into two buckets, 16 and 32
+    assert (count() >= 2).all()  # the counter counts
+    before = count()
     # Token for token the naive loop: what comes after each prefix of the answer is its next token.
     whole = np.array(
         [[*prompt, *got.tokens, *[0] * (23 - len(prompt))] for prompt, got in zip(prompts, out, strict=True)]
@@ -64,7 +73,7 @@ def test_greedy_is_the_naive_loop_and_compilations_are_bounded(params, prompts, 
     for prompt, got, score in zip(prompts, out, scores, strict=True):
         score = score[len(prompt) - 1 :][:9]
         assert got.tokens == score.argmax(-1).tolist()
-        np.testing.assert_allclose(got.log_probs, score.max(-1), atol=2e-5)
+        np.testing.assert_allclose(got.log_probs, score.max(-1), atol=1e-4)
         assert got.finish_reason == "length"
         assert got.text is None
 
@@ -75,10 +84,10 @@ def test_greedy_is_the_naive_loop_and_compilations_are_bounded(params, prompts, 
     ]
     run(params, [[1], [2] * 9, [3] * 20], sampling=varied, max_new_tokens=[3, 16, 1], stop_ids=(5, 6))
     run(params, [[1]], tokenizer=Letters(), stop=("some", "text"), n=3, sampling=Sampling(no_repeat_ngram=2))
-    assert (count() - before).tolist() == [2, 2]
+    assert (count() == before).all()
     # ... and neither do all other lengths that the context of 32 has room for: log2(32 / 16) + 2 are promised.
     run(params, [[1] * n for n in range(1, 31)], max_new_tokens=2)
-    assert (count() - before).tolist() == [2, 2]
+    assert (count() == before).all()
 
 
 def test_draws_follow_key_request_and_position(params):
@@ -141,7 +150,7 @@ def test_a_stop_string_is_the_first_to_be_complete(params):
 
 
 def test_bad_rows_end_alone(params):
-    poisoned = {**params, "embed": {"tokens": params["embed"]["tokens"].at[59].set(jnp.nan)}}
+    poisoned = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"].at[59].set(jnp.nan)}}
     clean = [[1, 2, 3], [4, 5]]
     options = Sampling(seed=1, banned_ids=(59,))
     want = run(params, clean, sampling=options)
@@ -164,7 +173,8 @@ def test_bad_rows_end_alone(params):
 
 def test_no_pair_of_tokens_comes_twice(params):
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    free, bound = run(params, [prompt] * 2, max_new_tokens=16, sampling=[GREEDY, Sampling(0, no_repeat_ngram=1)])
+    options = [Sampling(0, no_repeat_ngram=n, logit_bias={7: 3}) for n in (0, 1)]
+    free, bound = run(params, [prompt] * 2, max_new_tokens=16, sampling=options)
     assert len(set(free.tokens)) < 16  # greedy repeats itself
     assert len(set(prompt) | set(bound.tokens)) == 7 + 16
     pairs = run(params, [[7, 8, 7]], max_new_tokens=16, sampling=Sampling(0, no_repeat_ngram=2, logit_bias={7: 50}))[0]
@@ -180,7 +190,6 @@ def test_samples_of_a_prompt_have_draws_of_their_own(params):
     assert [three[0], three[3]] == one  # the first is the one that there would be alone
     assert len({tuple(g.tokens) for g in three}) == 6
     assert run(params, prompts, sampling=options, max_new_tokens=12, n=2)[2:] == three[3:5]
-    assert three[0].top_log_probs is None
     same = run(params, prompts, n=2)
     assert [same[0], same[2]] == [same[1], same[3]] == run(params, prompts)
 
@@ -191,15 +200,15 @@ def test_crop_keeps_the_end_of_a_long_prompt():
     assert cropped.prompt == long[-(32 - 9) :]
 
 
-def test_sliding_is_the_naive_loop_over_windows(random_params):
+def test_sliding_is_the_naive_loop_over_windows(random_params, windows):
     # A shift of keys and a mix of embeddings are what a window must begin anew with, besides its positions.
-    cfg = CFG.replace(max_seq_len=16, position="learned", key_offset=True, embed_mix=2)
+    cfg = SMALL.replace(position="learned", key_offset=True, embed_mix=2)
     params = random_params(cfg)
     full = jax.jit(lambda tokens: jax.nn.log_softmax(apply(cfg, params, tokens)))
-    fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+    uniform = jax.jit(jax.vmap(lambda key, p: jax.random.bits(jax.random.fold_in(key, p), (), "uint32"), (None, 0)))
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, V, n).tolist() for n in (3, 15, 16, 20)]
-    options = [GREEDY, Sampling(seed=1), GREEDY, Sampling(seed=2, top_p=0.9)]
+    options = [GREEDY, Sampling(seed=1), GREEDY, Sampling(temperature=0.7, seed=2)]
 
     def slide(prompts, options, **more):
         more = {"max_new_tokens": 30, "slots": 4, "overflow": "slide", "top_log_probs": 3, **more}
@@ -207,17 +216,15 @@ def test_sliding_is_the_naive_loop_over_windows(random_params):
 
     got = slide(prompts, options)
     for prompt, option, answer in zip(prompts, options, got, strict=True):
-        prompt, begin = (prompt if len(prompt) <= 16 else prompt[-8:]), 0
-        ids, ends = prompt + answer.tokens, np.arange(len(prompt), len(prompt) + 30)
-        windows, lengths = np.zeros((30, 16), np.int32), np.zeros(30, int)
-        for row, end in enumerate(ends):  # the naive loop: which window each next token comes from
-            if end - begin > 16:
-                begin = end - 8
-            lengths[row] = end - begin
-            windows[row, : lengths[row]] = ids[begin:end]
-        scores = np.asarray(full(windows))[np.arange(30), lengths - 1]
-        keys = fold(jax.random.key(option.seed or 0), ends)
-        assert answer.tokens == sample_token(keys, scores, temperature=option.temperature, top_p=option.top_p).tolist()
+        seen, lengths = windows(16, prompt, answer.tokens)
+        scores = np.asarray(full(seen))[np.arange(30), lengths - 1]
+        if option is GREEDY:
+            assert answer.tokens == scores.argmax(-1).tolist()
+        else:  # the inverse CDF in vocabulary order; positions count on while windows are cut
+            u = np.asarray(uniform(jax.random.key(option.seed), lengths[0] + np.arange(30))) / 2**32
+            prob = np.exp(scores.astype(np.float64) / option.temperature)
+            cumulative = np.cumsum(prob, axis=-1) / prob.sum(-1, keepdims=True)
+            assert answer.tokens == (cumulative > u[:, None]).argmax(-1).tolist()
         most_likely = np.array(answer.top_log_probs)
         assert np.array_equal(most_likely[..., 0], np.argsort(-scores)[:, :3])
         np.testing.assert_allclose(most_likely[..., 1], -np.sort(-scores)[:, :3], atol=2e-5)
@@ -232,8 +239,9 @@ def test_what_fits_does_not_slide():
     assert (short.slides, long.slides) == (False, True)
 
 
-def test_prepared_weights_give_the_same_logits_and_prepare_is_idempotent(params):
-    cfg, tokens = CFG.replace(compute_dtype="bfloat16"), jnp.arange(20)[None]
+def test_prepared_weights_give_the_same_logits_and_prepare_is_idempotent(random_params):
+    cfg, tokens = SMALL.replace(compute_dtype="bfloat16"), jnp.arange(16)[None]
+    params = random_params(cfg)
     prepared = prepare(cfg, params)
     assert [layer["mlp"]["up"]["kernel"].dtype for layer in prepared["blocks"]] == [jnp.bfloat16] * 2
     assert prepared["blocks"][0]["norm1"]["scale"].dtype == jnp.float32

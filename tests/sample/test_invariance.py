@@ -49,6 +49,7 @@ def test_a_request_is_the_same_alone_in_any_slot_with_any_neighbours(params, pro
         assert at(params, slot, prompt, neighbours, options) == alone
 
 
+@pytest.mark.slow
 def test_another_slot_count_gives_the_same_tokens_but_other_roundings(params, prompts, alone):
     """What the documentation promises of it. That the bits do differ is why the slot count is to be fixed."""
     one = at(params, 0, prompts[0], [], OTHERS[0], slots=1)
@@ -56,6 +57,7 @@ def test_another_slot_count_gives_the_same_tokens_but_other_roundings(params, pr
     np.testing.assert_allclose(one.log_probs, alone.log_probs, atol=1e-4)
 
 
+@pytest.mark.slow  # test_engine.py has it without XLA's optimizations
 def test_a_request_in_the_engine_is_the_same_in_any_slot_with_any_neighbours_whenever_it_comes(params, prompts, alone):
     prompt, *others = prompts
 

@@ -9,36 +9,60 @@ import pytest
 
 from jaxlm.sample import penalties
 
+QUICK_COMPILE = True
+
 X = jnp.array([[2.0, -2.0, 1.0, 0.0], [4.0, 3.0, -1.0, 0.5]])
 HISTORY = jnp.array([[0, 1, 0, -1], [2, -1, -1, 7]])  # -1 and 7 are outside the vocabulary
+IDS = jnp.array([[3, 0, -1], [1, 9, -1]])
+TWICE = (penalties.repetition, penalties.presence, penalties.frequency)
 
 
-def test_repetition_divides_positive_and_multiplies_negative_logits_once():
-    got = penalties.repetition(X, HISTORY, jnp.array([2.0, 4.0]))
-    assert np.array_equal(got, [[1.0, -4.0, 1.0, 0.0], [4.0, 3.0, -4.0, 0.5]])
+@jax.jit
+def all_together():
+    """Each penalty on X: one program, for each by itself takes longer to compile than to read."""
+    return {
+        "repetition": penalties.repetition(X, HISTORY, jnp.array([2.0, 4.0])),
+        "presence": penalties.presence(X, HISTORY, 0.5),
+        "frequency": penalties.frequency(X, HISTORY, jnp.array([0.5, 1.0])),
+        "bias": penalties.bias(X, IDS, jnp.array([[1.0, -jnp.inf, 5.0], [0.25, 5.0, 5.0]])),
+        "ban": penalties.ban(X, IDS, jnp.array([True, False])),
+        "least": penalties.min_new_tokens(X, jnp.array([[3, -1], [0, 1]]), jnp.array([2, 2]), jnp.array([2, 3])),
+        "rows": [penalty(X, HISTORY, 3.0)[0] for penalty in TWICE],
+        "alone": [penalty(X[0], HISTORY[0], 3.0) for penalty in TWICE],
+        "no history": [penalty(X[0], HISTORY[0, :0], 3.0) for penalty in TWICE],
+    }
 
 
-def test_presence_subtracts_once():
-    assert np.array_equal(penalties.presence(X, HISTORY, 0.5), [[1.5, -2.5, 1.0, 0.0], [4.0, 3.0, -1.5, 0.5]])
+@pytest.fixture(scope="module")
+def got():
+    return jax.device_get(all_together())
 
 
-def test_frequency_subtracts_for_each_occurrence():
-    got = penalties.frequency(X, HISTORY, jnp.array([0.5, 1.0]))
-    assert np.array_equal(got, [[1.0, -2.5, 1.0, 0.0], [4.0, 3.0, -2.0, 0.5]])
+def test_repetition_divides_positive_and_multiplies_negative_logits_once(got):
+    assert np.array_equal(got["repetition"], [[1.0, -4.0, 1.0, 0.0], [4.0, 3.0, -4.0, 0.5]])
 
 
-def test_bias_adds_and_ban_removes():
-    ids = jnp.array([[3, 0, -1], [1, 9, -1]])
-    got = penalties.bias(X, ids, jnp.array([[1.0, -jnp.inf, 5.0], [0.25, 5.0, 5.0]]))
-    assert np.array_equal(got, [[-np.inf, -2.0, 1.0, 1.0], [4.0, 3.25, -1.0, 0.5]])
-    got = penalties.ban(X, ids, jnp.array([True, False]))
-    assert np.array_equal(got, [[-np.inf, -2.0, 1.0, -np.inf], X[1]])
+def test_presence_subtracts_once(got):
+    assert np.array_equal(got["presence"], [[1.5, -2.5, 1.0, 0.0], [4.0, 3.0, -1.5, 0.5]])
 
 
-def test_no_stop_before_the_least_length():
-    stop_ids = jnp.array([[3, -1], [0, 1]])
-    got = penalties.min_new_tokens(X, stop_ids, jnp.array([2, 2]), jnp.array([2, 3]))
-    assert np.array_equal(got, [X[0], [-np.inf, -np.inf, -1.0, 0.5]])
+def test_frequency_subtracts_for_each_occurrence(got):
+    assert np.array_equal(got["frequency"], [[1.0, -2.5, 1.0, 0.0], [4.0, 3.0, -2.0, 0.5]])
+
+
+def test_bias_adds_and_ban_removes(got):
+    assert np.array_equal(got["bias"], [[-np.inf, -2.0, 1.0, 1.0], [4.0, 3.25, -1.0, 0.5]])
+    assert np.array_equal(got["ban"], [[-np.inf, -2.0, 1.0, -np.inf], X[1]])
+
+
+def test_no_stop_before_the_least_length(got):
+    assert np.array_equal(got["least"], [X[0], [-np.inf, -np.inf, -1.0, 0.5]])
+
+
+def test_one_row_works_as_a_batch_does(got):
+    assert np.array_equal(got["alone"], got["rows"])
+    assert not np.array_equal(got["alone"], [X[0]] * 3)
+    assert np.array_equal(got["no history"], [X[0]] * 3)
 
 
 def banned_after(ids, n):
@@ -68,7 +92,7 @@ def test_no_ngram_comes_twice():
         want[list(banned_after(lists[row], n[row]))] = -np.inf
         assert np.array_equal(out[row], want), (lists[row], n[row])
     assert np.isneginf(out).any(1).sum() > 50  # the lists do repeat themselves
-    assert np.array_equal(penalties.no_repeat_ngram(x[5], padded[5], 5), out[5])
+    assert np.array_equal(jax.jit(penalties.no_repeat_ngram)(x[5], padded[5], 5), out[5])
     assert np.array_equal(penalties.no_repeat_ngram(x, padded[:, :0], 2), x)
 
 
@@ -84,9 +108,3 @@ def test_ngrams_are_banned_as_by_transformers(n):
         if ids:
             theirs = processor(torch.tensor([ids]), torch.from_numpy(x[row : row + 1].copy())).numpy()[0]
             assert np.array_equal(ours[row], theirs), ids
-
-
-def test_one_row_works_as_a_batch_does():
-    for penalty in (penalties.repetition, penalties.presence, penalties.frequency):
-        assert np.array_equal(penalty(X[0], HISTORY[0], 3.0), penalty(X, HISTORY, 3.0)[0])
-        assert np.array_equal(penalty(X[0], HISTORY[0, :0], 3.0), X[0])

@@ -9,20 +9,21 @@ import pytest
 
 from jaxlm.errors import InputError
 from jaxlm.sample import filter_logits, sample_token
+from jaxlm.sample.sampler import draw_kept
 
-ROWS, VOCAB = 64, 1000
+ROWS, VOCAB = 270, 1000  # as in test_filters.py, whose programs are used
 BAD = {3: "nan", 4: "negative nan", 6: "all -inf", 8: "negative temperature", 40: "nan", 45: "all -inf", 50: "nan p"}
 
 
 def requests():
-    """Rows of mixed options; in the second half every k is small."""
+    """Rows of mixed options."""
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(ROWS, VOCAB)) * rng.choice([0.1, 2, 5], (ROWS, 1))).astype(np.float32)
     x[::5] = np.round(x[::5])
     x[1::5, 100:] = -np.inf
     options = {
         "temperature": rng.choice([0, 0.7, 1, 1.3], ROWS).astype(np.float32),
-        "top_k": np.where(np.arange(ROWS) < 32, rng.choice([0, 3, 300, 5000], ROWS), rng.choice([1, 5, 20], ROWS)),
+        "top_k": rng.choice([0, 1, 3, 20, 300, 5000], ROWS).astype(np.int32),
         "top_p": rng.choice([0.5, 0.9, 1], ROWS).astype(np.float32),
         "min_p": rng.choice([0, 0, 0.1], ROWS).astype(np.float32),
         "typical_p": rng.choice([0.3, 0.8, 1, 1], ROWS).astype(np.float32),
@@ -71,22 +72,32 @@ def test_is_the_inverse_cdf_in_vocabulary_order(drawn):
 
 def test_the_window_draws_the_same(drawn):
     keys, x, options, tokens = drawn
-    half = np.arange(32, 64)
-    windowed = sample_token(keys[half], x[half], **pick(options, half), window=40)
-    assert np.array_equal(np.asarray(windowed), tokens[half])
+    # The window is looked at where every row's k is small and no tie at the k-th place reaches beyond it.
+    options = options | {"top_k": np.random.default_rng(3).choice([1, 5, 20], ROWS).astype(np.int32)}
+    untied = np.setdiff1d(np.arange(ROWS), np.arange(0, ROWS, 5))
+    rows = np.resize(untied, ROWS)
+    same = keys[rows], x[rows]
+    windowed, searched = (np.asarray(sample_token(*same, **pick(options, rows), window=w)) for w in (40, 0))
+    assert np.array_equal(windowed, searched)
+    assert not np.array_equal(searched, tokens[rows])
 
 
-def test_a_row_alone_is_a_row_of_a_batch_and_of_vmap(drawn):
+def test_a_row_alone_is_a_row_of_a_batch(drawn):
     keys, x, options, tokens = drawn
-    for row in (*range(0, ROWS, 3), *BAD):
+    for row in (*range(0, ROWS, 12), *BAD):
         assert int(sample_token(keys[row], x[row], **pick(options, row))) == tokens[row]
+
+
+@pytest.mark.slow
+def test_a_row_alone_is_one_of_vmap(drawn):
+    keys, x, options, tokens = drawn
     mapped = jax.vmap(lambda key, row, options: sample_token(key, row, **options))(keys, x, options)
     assert np.array_equal(np.asarray(mapped), tokens)
 
 
 def test_frequencies_are_the_probabilities(drawn):
     # At the shape of the other tests, since compiling costs more than drawing.
-    calls, logits = 200, np.full(VOCAB, -np.inf, np.float32)
+    calls, logits = 20, np.full(VOCAB, -np.inf, np.float32)
     places = np.array([0, 3, 511, 512, 700, 998, 999])
     logits[places] = [0.0, 1.0, -2.0, 0.5, 3.0, -np.inf, 0.5]
     rows = np.broadcast_to(logits, (ROWS, VOCAB))
@@ -112,9 +123,39 @@ def test_rows_without_a_distribution_are_flagged_and_harm_nobody(drawn):
     assert np.array_equal(np.delete(tokens, bad), np.delete(good, bad))
 
 
+def test_bad_options_have_a_result():
+    """As data they cannot be refused: p outside [0, 1] is off or greedy, k > V is off, other nonsense gives -1.
+
+    All in one batch, where no row notices another.
+    """
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    off = [{"top_p": 1.5}, {"top_k": VOCAB + 1}, {"top_k": -1}, {"min_p": -0.5}]
+    greedy = [{"top_p": -0.5}, {"min_p": 1.5}, {"temperature": 0.0}]
+    nothing = [{"temperature": -1.0}, {"temperature": np.nan}, {"top_p": np.nan}, {"temperature": np.inf}]
+    rows = [{}, *off, *greedy, *nothing, {}, {}]  # the logits of the last two are bad
+    rows += [{}] * (ROWS - len(rows))
+    keys = jax.vmap(jax.random.key)(np.full(ROWS, 1))
+
+    def draw(logits, rows):
+        options = {name: np.array([{**plain, **row}[name] for row in rows]) for name in plain}
+        return np.asarray(sample_token(keys, logits, **options, window=0)).tolist()
+
+    logits = np.full((ROWS, VOCAB), -np.inf, np.float32)
+    logits[:, :5] = [0.5, 3.0, 2.9, -1.0, 2.8]
+    (plainly,) = set(draw(logits, [{}] * ROWS))
+    assert plainly not in (-1, 1)  # so that it differs from what greedy and bad rows give
+    logits[12, 2], logits[13] = np.nan, -np.inf
+    assert draw(logits, rows) == [plainly] * 5 + [1] * 3 + [-1] * 6 + [plainly] * (ROWS - 14)
+
+
 def test_all_greedy_is_the_first_largest(drawn):
     keys, tied = drawn[0], np.round(requests()[0])
     assert np.array_equal(sample_token(keys, tied, temperature=0, window=0), tied.argmax(-1))
+
+
+def test_without_filters_the_draw_is_that_from_filtered_logits(drawn):
+    keys, x, options, tokens = drawn
+    assert np.array_equal(jax.jit(draw_kept)(keys, filter_logits(x, **options)), tokens)
 
 
 def test_keys_must_match_the_rows():

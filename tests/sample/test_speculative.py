@@ -20,7 +20,8 @@ QUICK_COMPILE = True
 
 # One shape of model, batch and answer for all tests, so that few programs are compiled. Caches must carry token ids,
 # and keys that lie one place on, through guesses that are taken back.
-V, N_DRAFT, SLOTS, TOP = 6, 2, 2048, 2
+V, N_DRAFT, SLOTS, TOP = 6, 2, 128, 2
+DRAWS = 2048
 CFG = ModelConfig(
     vocab_size=V, n_layers=1, d_model=16, n_heads=2, max_seq_len=64, tie_embeddings=False, embed_mix=2, key_offset=True
 )
@@ -129,7 +130,7 @@ def test_the_distribution_is_exactly_that_of_the_target(weights, options, by):
     """Pearson's chi-square over all continuations of three tokens; the bound is its 0.999 quantile, roughly (Wilson
     and Hilferty, PNAS 17, 1931). The key is fixed, so the test either always passes or never does."""
     prompt = [2, 3, 2]
-    run = speculated(weights, [prompt] * SLOTS, by, sampling=options, max_new_tokens=3, key=jax.random.key(8))
+    run = speculated(weights, [prompt] * DRAWS, by, sampling=options, max_new_tokens=3, key=jax.random.key(8))
     assert 0.05 < run.acceptance_rate < 0.95  # both what is accepted and what replaces it have a part
     want = exact(weights[0], options, prompt, 3)
     other = exact(weights[1], options, prompt, 3)
@@ -138,11 +139,11 @@ def test_the_distribution_is_exactly_that_of_the_target(weights, options, by):
     for answer in run.generations:
         counts[tuple(answer.tokens)] += 1
     assert sum(counts[t] for t, p in want.items() if p == 0) == 0
-    often = [t for t, p in want.items() if SLOTS * p >= 5]
-    cells = [(counts[t], SLOTS * want[t]) for t in often]
-    rest = SLOTS - sum(mean for _, mean in cells)
+    often = [t for t, p in want.items() if DRAWS * p >= 5]
+    cells = [(counts[t], DRAWS * want[t]) for t in often]
+    rest = DRAWS - sum(mean for _, mean in cells)
     if rest > 1:
-        cells.append((SLOTS - sum(counts[t] for t in often), rest))
+        cells.append((DRAWS - sum(counts[t] for t in often), rest))
     chi2, degrees = sum((got - mean) ** 2 / mean for got, mean in cells), len(cells) - 1
     assert degrees > 5
     assert chi2 < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3

@@ -25,7 +25,7 @@ def bytewise():
     return tokenizers.bpe("x", 257)
 
 
-CFG = ModelConfig(kind="bigram", vocab_size=257)
+CFG = ModelConfig(kind="bigram", vocab_size=257, max_seq_len=32)  # and all else as in test_bad_input.py: one program
 
 
 def table_of(tokenizer, text, scores):
@@ -123,6 +123,7 @@ def test_stop_ids_errors_and_no_tokenizer(letters, bytewise):
     assert {piece.top_log_probs for piece in bare} == {None}
     (answer,) = generate(CFG, letters, [start], sampling=Sampling(seed=4), max_new_tokens=14)
     assert together(bare) == (answer.tokens, "", answer.log_probs, "length")
+    assert answer.top_log_probs is None
     assert c in answer.tokens[1:]
 
     options = {"sampling": Sampling(seed=4), "max_new_tokens": 14, "tokenizer": bytewise}
@@ -136,6 +137,7 @@ def test_stop_ids_errors_and_no_tokenizer(letters, bytewise):
     assert (got[0][-1], got[3]) == (c, "error")
 
 
+@pytest.mark.slow
 def test_a_sliding_transformer_streams_with_the_programs_of_generate(random_params, compiled):
     cfg = ModelConfig(vocab_size=26, n_layers=1, d_model=16, n_heads=2, max_seq_len=16)
     params, tokenizer = random_params(cfg), tokenizers.char("abcdefghijklmnopqrstuvwxyz")

@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import init
-from jaxlm.sample import Sampling, prepare
+from jaxlm.sample import Sampling, prepare, timing_report
 from jaxlm.sample.timing import BatchTiming, PromptTiming, Timings, measure, read_bandwidth, weight_bytes
 from jaxlm.sample.timing_report import bench, figure, table
 
@@ -77,6 +77,20 @@ def test_the_plot_says_what_it_shows():
     assert [label.get_text() for label in step.get_xticklabels()] == ["1", "8"]
 
 
+def test_bench_measures_shows_and_writes(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing_report, "measure", lambda *args, **options: asked.append((args, options)) or KNOWN)
+    assert bench(CFG, {}, out=tmp_path / "bench", name="tiny", repeats=2) is KNOWN
+    assert asked == [((CFG, {}), {"name": "tiny", "repeats": 2})]
+    record = json.loads((tmp_path / "bench" / "decode.json").read_text())
+    assert record["batches"][0]["tokens_per_s"] == 80.0
+    assert record["roofline_s"] == 0.01
+    assert (tmp_path / "bench" / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert "time to first token (ms)" in (tmp_path / "bench" / "decode.svg").read_text()
+    assert "known: decoding" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_model_is_measured_and_the_files_are_written(tmp_path, capsys):
     timings = bench(
         CFG, out=tmp_path / "bench", name="tiny", batch_sizes=(1,), prompt_lengths=(20,), new_tokens=4, repeats=2,

@@ -60,7 +60,7 @@ def test_a_missing_or_damaged_input_is_named(make_spec):
     with pytest.raises(InputError, match=r"out\.txt: its SHA-256 is .*; remove that file and run the stage first ag"):
         run_stage(second, launcher="inline")
     out.unlink()  # what the sentence says
-    with pytest.raises(InputError, match=r"out\.txt: missing; remove that file and run the stage first again"):
+    with pytest.raises(InputError, match=r"out\.txt: missing; run the stage first again"):
         run_stage(second, launcher="inline")
     assert not run_stage(first, launcher="inline")[1]
     assert out.read_bytes() == whole
@@ -142,6 +142,30 @@ def test_sigterm_to_the_child_alone_is_preempted(make_spec, eventually):
     thread.join(15)
     assert isinstance(result["error"], Preempted)
     assert str(result["error"]) == "saved at step 7; run the same command to continue."
+
+
+HELPED = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from jaxlm.stages.process import Helpers
+with ProcessPoolExecutor(1, mp_context=Helpers()) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_kill_9_of_a_stage_ends_the_helpers_that_wait_for_work(alive, eventually):
+    """As when the stage was started by hand: no launcher ends its group."""
+    stage = subprocess.Popen([sys.executable, "-c", HELPED], stdout=subprocess.PIPE, text=True)
+    assert stage.stdout is not None
+    try:
+        helper = int(stage.stdout.readline())
+        assert alive(helper)
+    finally:
+        stage.kill()
+        stage.wait()
+        stage.stdout.close()
+    assert eventually(lambda: not alive(helper))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -228,7 +252,7 @@ def test_on_a_terminal_the_stage_writes_there_and_to_its_log(make_spec):
     ours, theirs = pty.openpty()
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, spec.directory, "1"], stdout=theirs, stderr=theirs)
     os.close(theirs)
-    assert launcher.wait(20) == 0
+    assert launcher.wait(60) == 0
     assert os.read(ours, 1000) == b"fake says write\r\n"
     os.close(ours)
     assert (spec.directory / "log.txt").read_text() == "fake says write\n"

@@ -31,7 +31,10 @@ def run(spec, inputs):
         return batch
 
     mesh.Layout.put_rows = noting
-    return pretrain.run(spec, inputs)
+    try:
+        return pretrain.run(spec, inputs)
+    finally:
+        mesh.Layout.put_rows = put_rows
 
 
 if __name__ == "__main__":
