@@ -47,6 +47,7 @@ def seconds(code: str, config: Path, root: Path, home: Path) -> float:
     """Wall time of a process that runs `code` on a new store."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     env |= {"PREFECT_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(FAKES)])}
+    env["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "900"  # a busy machine is measured as it is
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code, config, root], env=env, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started

@@ -23,7 +23,19 @@ _HOME = {
     "save_hf": "jaxlm.interop",
     "load_gguf": "jaxlm.interop.gguf",
 }
-_MODULES = ("checkpoint", "config", "data", "evaluate", "interop", "model", "sample", "stages", "tokenizers", "train")
+_MODULES = (
+    "analysis",
+    "checkpoint",
+    "config",
+    "data",
+    "evaluate",
+    "interop",
+    "model",
+    "sample",
+    "stages",
+    "tokenizers",
+    "train",
+)
 
 __all__ = [*_HOME, "__version__"]
 

@@ -67,6 +67,7 @@ def test_no_setting_and_no_length_compiles_again(model):
     assert [answers._next._cache_size(), answers._take_in._cache_size()] == sizes
 
 
+@pytest.mark.slow
 def test_every_token_is_told_with_its_rivals(model):
     tokens, _ = split(model, "abc", Settings(top_k=3, top_p=1.0, temperature=1.0, seed=1, max_new_tokens=8))
     ids = start_ids(model.tokenizer, empty=False) + model.tokenizer.encode("abc")
@@ -88,6 +89,7 @@ def test_greedy_has_nothing_left_but_the_best(model):
     assert any(token.prob < 0.9 for token in tokens)
 
 
+@pytest.mark.slow
 def test_beams_are_read_out_token_by_token(model):
     ids = start_ids(model.tokenizer, empty=False) + model.tokenizer.encode("ab")
     (best,) = beam_search(

@@ -41,7 +41,8 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_leaves_nothing(letters_run: Any, tmp_path: Path, number: int) -> None:
     port = free_port()
     command = [sys.executable, "-c", PROGRAM, "playground", "letters", "--port", str(port), "--no-browser"]
