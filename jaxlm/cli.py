@@ -32,9 +32,7 @@ Root = Annotated[Path, Parameter(help="directory that holds store/ and runs/")]
 @app.command
 def pipeline(config: str, /, *, set_: Set = None, root: Root = Path(".")) -> None:
     """Run the whole chain as a Prefect flow: download, tokenize, pretrain, fine-tune, evaluate."""
-    from flows import pipeline as flow
-
-    flow.run(config, set_ or [], str(root))
+    cli_flows.flow("pipeline", config, set_=set_, root=root)
 
 
 @app.command

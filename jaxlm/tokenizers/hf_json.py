@@ -34,7 +34,7 @@ class HFTokenizer:
         add_bos: whether texts start with bos_token; None: what the definition's post-processor says.
         stop_ids: what ends an answer, besides eos_token (from `generation_config.json`).
         chat_template: Jinja source; None: the model has none.
-        template_from: the file that it stands in, for what is said of errors in it; no part of the tokenizer's identity.
+        template_from: the file that it stands in, to name it in errors; no part of the identity.
     """
 
     definition: str
