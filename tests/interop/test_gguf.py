@@ -329,5 +329,6 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
 
 def test_the_package_is_named_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"pip install 'jaxlm\[gguf\]'"):
         load_gguf(tmp_path / "x.gguf")
