@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxlm.errors import DiskError, InputError, JaxlmError
 
@@ -79,10 +81,23 @@ def sync_directory(directory: Path) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Puts `data` into `path`; at any moment a reader, or a crash, sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed process left is used again
+    while True:
+        with open(temporary, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, temporary):  # another writer had it and has put it in place
+                continue
+            file.truncate(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+            break
     sync_directory(path.parent)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

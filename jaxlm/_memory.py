@@ -1,12 +1,21 @@
-"""How much memory a process can still take, so that a copy too large is told and not killed for. Loads no jax."""
+"""How much memory a process can still take, so that a copy too large is told and not killed for; and how many cores.
+
+Loads no jax.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """The cores that this process may run on; all of the machine's where the system does not tell, as on macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:

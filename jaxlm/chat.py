@@ -189,7 +189,10 @@ def chat(
     if interactive is None:
         interactive = stdin.isatty()
     if not interactive:
-        text = stdin.read().strip()
+        try:
+            text = stdin.read().strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: byte {error.start} is not UTF-8; send UTF-8 text.") from None
         if not text:
             raise InputError("standard input is empty; give a message, or run jaxlm chat on a terminal.")
         turn([*opening, {"role": "user", "content": text}], 0)

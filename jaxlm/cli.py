@@ -11,6 +11,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from jaxlm import __version__, cli_flows, cli_models, cli_playground, cli_runs
+from jaxlm._memory import cores
 from jaxlm.errors import InputError, JaxlmError, Preempted
 
 app = cyclopts.App(
@@ -86,7 +87,7 @@ def doctor() -> None:
     facts = environment() | {
         "default backend": jax.default_backend(),
         "devices": [str(device) for device in jax.devices()],
-        "cpu cores": len(os.sched_getaffinity(0)),
+        "cpu cores": cores(),
         "download cache": str(default_cache_dir()),
         "mirrors": os.environ.get("JAXLM_MIRROR", ""),
         "free disk here, GB": round(shutil.disk_usage(".").free / 1e9, 1),
@@ -109,6 +110,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
         raise SystemExit(Preempted.exit_code) from None
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a path that the system refuses, where no command has better words for it
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"jaxlm: {place}{error.strerror or error}; choose another path.", file=sys.stderr)
+        raise SystemExit(InputError.exit_code) from None
     raise SystemExit(0)
 
 

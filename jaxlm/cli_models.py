@@ -28,7 +28,13 @@ TopK = Annotated[int, Parameter(help="keep the k most likely tokens; 0 is off")]
 TopP = Annotated[
     float, Parameter(help="keep the most likely tokens that make up this share of the probability; 1: off")
 ]
-Seed = Annotated[int, Parameter(help="the same seed and the same words give the same text")]
+Seed = Annotated[
+    int,
+    Parameter(
+        help="the same seed and the same words give the same text",
+        validator=cyclopts.validators.Number(gte=0, lt=2**32),
+    ),
+]
 
 bench = cyclopts.App(name="bench", help="Measure this machine.")
 

@@ -192,7 +192,7 @@ class RunConfig(FlowOptions):
         if isinstance(value, dict) and "preset" in value:
             from jaxlm.presets import preset
 
-            overrides = {key: item for key, item in value.items() if key != "preset"}
+            overrides = {str(key): item for key, item in value.items() if key != "preset"}
             return preset(str(value["preset"]), **overrides)
         return value
 
@@ -200,7 +200,7 @@ class RunConfig(FlowOptions):
     def _fits(self) -> Self:
         if self.model.kind == "transformer" and self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len={self.data.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
-        if self.model.kind == "transformer" and (self.sft.seq_len or 0) > self.model.max_seq_len:
+        if self.sft.enabled and self.model.kind == "transformer" and (self.sft.seq_len or 0) > self.model.max_seq_len:
             raise ValueError(f"sft.seq_len={self.sft.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
         if self.sft.enabled and self.sft.source == "storyworld" and self.data.source != "storyworld":
             raise ValueError(
@@ -223,7 +223,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     file = find_config(path)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise InputError(f"{file}: not a readable YAML file ({' '.join(str(error).split())}); fix the file.") from None
     if values is None:
         values = {}

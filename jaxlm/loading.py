@@ -101,7 +101,8 @@ def _found(name: str | Path, root: str | Path) -> tuple[str, str | Path]:
     if (path / "config.json").is_file() or path.is_file():
         return "hf", path
     local = any(place.exists() for place in (path, root / "runs" / path, root / "store" / path, root / path))
-    if not local and _REPO_ID.fullmatch(str(name)):
+    a_run = (root / "runs" / str(name).partition("/")[0] / "run.json").is_file()  # then what follows is a stage of it
+    if not local and not a_run and _REPO_ID.fullmatch(str(name)):
         return "hf", str(name)
     place = runs.resolve(name, root, stages=FITTING)
     if not (_home(place) / "model.json").is_file():

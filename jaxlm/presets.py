@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def preset(name: str, **overrides: Any) -> ModelConfig:
+def preset(name: str, /, **overrides: Any) -> ModelConfig:
     """The named shape as a `ModelConfig`, with `overrides` applied before validation.
 
     Raises:

@@ -254,3 +254,21 @@ def test_doctor_tells_what_a_bug_report_needs(jaxlm):
     facts = json.loads(ended.out)
     assert {"python", "libraries", "devices", "cpu cores", "download cache"} <= facts.keys()
     assert facts["libraries"]["jax"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("sample {run} --prompt A --seed -1", "--seed"),
+        ("sample {run} --prompt A --seed 99999999999999999999", "--seed"),
+        ("sample {run}/nosuch --prompt A", "nosuch"),
+        ("export-hf {run} /proc/zz", "/proc/zz|/proc"),
+    ],
+)
+def test_what_has_no_better_words_is_one_sentence_too(tiny_run, capsys, words, named):
+    with pytest.raises(SystemExit) as ended:
+        main([*words.format(run="tiny").split(), *([] if "export" in words else ["--root", str(tiny_run.root)])])
+    err = capsys.readouterr().err
+    assert ended.value.code == 65, err
+    assert "Traceback" not in err
+    assert re.search(named, err), err

@@ -261,3 +261,24 @@ def test_identity_is_plain_json():
     cfg = RunConfig(model=ModelConfig(rope_scaling=RopeScaling()))
     assert json.loads(json.dumps(cfg.identity())) == cfg.identity()
     assert cfg.identity()["model"]["rope_scaling"]["factor"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {preset: nano, name: x}", "unknown option 'name'|name"),
+        ("model: {preset: nano, 5: 3}", "5"),
+        ("a: " + "[" * 3000, "not a readable YAML file"),
+    ],
+)
+def test_what_no_configuration_says_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError, match=words):
+        load(tmp_path / "x.yaml")
+
+
+def test_fine_tuning_that_is_off_is_not_checked(tmp_path):
+    (tmp_path / "x.yaml").write_text("data: {seq_len: 16}\nmodel: {max_seq_len: 32}\nsft: {seq_len: 232}")
+    with pytest.raises(InputError, match=r"sft\.seq_len=232 is above"):
+        load(tmp_path / "x.yaml")
+    assert load(tmp_path / "x.yaml", ["sft.enabled=false"]).model.max_seq_len == 32

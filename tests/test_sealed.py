@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from jaxlm._disk import write_atomic
 from jaxlm._sealed import read_sealed, write_sealed
 from jaxlm.errors import InputError
 
@@ -44,3 +46,13 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_sealed(tmp_path / "a.json", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Each writes the file whole, and what a killed writer left under the temporary name is used again."""
+    path, texts = tmp_path / "x.json", [bytes([65 + i]) * 20_000 for i in range(4)]
+    (tmp_path / ".x.json.tmp").write_bytes(b"left by a killed process")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: write_atomic(path, texts[i % 4]), range(80)))
+    assert path.read_bytes() in texts
+    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]

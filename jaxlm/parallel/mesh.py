@@ -8,13 +8,13 @@ partitioner follows the shardings of its arguments.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm._memory import cores
 from jaxlm.errors import InputError
 from jaxlm.launch.protocol import n_processes
 from jaxlm.model.weights import path_of
@@ -102,7 +102,7 @@ def use_all_cores() -> None:
     accelerator is present this changes nothing.
     """
     try:
-        jax.config.update("jax_num_cpu_devices", max(1, len(os.sched_getaffinity(0)) // n_processes()))
+        jax.config.update("jax_num_cpu_devices", max(1, cores() // n_processes()))
     except (RuntimeError, AttributeError):  # the backend is up already, as in a notebook: use what it has
         return
 

@@ -7,12 +7,12 @@ corpus also `log_prob`, nats over all of the split's stories, which is the floor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxlm._memory import cores
 from jaxlm.config import DataConfig
 from jaxlm.data import Resource, fetch, read_documents, source, split_documents, split_text, storyworld
 from jaxlm.errors import InputError
@@ -79,7 +79,7 @@ def _file(data: DataConfig) -> Path:
 
 def _stories(directory: Path, world: str, seed: int, split: str, n: int) -> dict[str, Any]:
     chunks = [(world, seed, split, start, min(_CHUNK, n - start)) for start in range(0, n, _CHUNK)]
-    workers = min(len(os.sched_getaffinity(0)), len(chunks))
+    workers = min(cores(), len(chunks))
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=process.Helpers()) as pool:
             parts = list(pool.map(_chunk_of_stories, chunks))

@@ -6,7 +6,6 @@ split. The tokenizer's file lies beside the shards.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 from rich.progress import Progress
 
 from jaxlm import tokenizers
+from jaxlm._memory import cores
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import pack_documents, write_rows, write_stream
 from jaxlm.errors import InputError
@@ -101,7 +101,7 @@ def _encoded_batches(
         for batch in batches:
             yield batch, _encode(tokenizer, batch)
         return
-    workers = len(os.sched_getaffinity(0))
+    workers = cores()
     with ProcessPoolExecutor(workers, mp_context=process.Helpers()) as pool:
         yield from zip(batches, pool.map(_encode, [tokenizer] * len(batches), batches), strict=True)
 

@@ -7,7 +7,6 @@ evaluation asks, one `{type, prompt, answer, ...}` a line; none of them, nor the
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import tokenizers
+from jaxlm._memory import cores
 from jaxlm.config import DataConfig, SftConfig
 from jaxlm.data import Example, encode_examples, fetch, load_examples, pack_examples, source, storyworld, write_rows
 from jaxlm.errors import InputError
@@ -72,7 +72,7 @@ def _story_questions(world: str, seed: int, n: int) -> tuple[dict[str, list[Exam
         for split, count in counts.items()
         for start in range(0, count, _CHUNK)
     ]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=process.Helpers()) as pool:
+    with ProcessPoolExecutor(cores(), mp_context=process.Helpers()) as pool:
         made = list(pool.map(_chunk_of_questions, chunks))
     asked: dict[str, list[storyworld.Question]] = {split: [] for split in counts}
     for (_, _, split, _, _), questions in zip(chunks, made, strict=True):
