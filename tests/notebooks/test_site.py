@@ -32,7 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_notebook_is_a_page_with_its_pictures(site):
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         page = (site / "notebooks" / notebook.name).with_suffix(".html").read_text(encoding="utf-8")
-        assert page.count(PICTURE) == notebook.read_text(encoding="utf-8").count('"image/png"'), notebook.name
+        assert page.count(PICTURE) >= notebook.read_text(encoding="utf-8").count('"image/png"'), notebook.name
         assert "assert" in page
 
 

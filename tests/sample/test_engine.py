@@ -212,11 +212,12 @@ def test_more_stop_ids_than_any_before_make_room(params, requests):
 
 @pytest.mark.slow
 def test_more_stop_ids_than_any_before_change_no_other_answer(params, answers, requests):
-    many = Request(requests[0].prompt, 16, requests[0].sampling, stop_ids=tuple(range(20, 45)))
+    stop_ids = (*requests[0].stop_ids, *range(20, 45))
+    many = Request(requests[0].prompt, 16, requests[0].sampling, stop_ids=stop_ids)
     got = run(params, [*requests[:3], many])
     assert [got[i] for i in range(3)] == [answers[i] for i in range(3)]
     tokens = answers[0].tokens
-    first = next((i for i, token in enumerate(tokens) if 20 <= token < 45), len(tokens))
+    first = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
     assert got[3].tokens == tokens[: first + 1]
 
 
