@@ -65,7 +65,8 @@ def run(
     specs = specs_of(cfg, last)  # bad input is told before a server is started
     before = {spec.stage: find(spec) is not None for spec in specs}
     given = {"config": str(config_path), "overrides": list(overrides), "root": str(root), **parameters}
-    again = status.command(flow.name.removeprefix("jaxlm-"), str(config_path), list(overrides), str(root))
+    name, more = flow.name.removeprefix("jaxlm-"), status.options(parameters)
+    again = status.command(name, str(config_path), list(overrides), str(root), more)
     try:
         with server.of_a_command(), preempted_when_stopped(), environment.one_sentence_errors(), server.ends_with_us():
             out = flow(**given)
@@ -79,7 +80,7 @@ def run(
             raise Preempted(stopped_sentence(error)) from None
         if not server.about_the_api(error):
             raise
-        if not all(find(spec) for spec in specs):
+        if not (all(find(spec) for spec in specs) and status.state_of(cfg) == "completed"):
             sentence = (
                 f"Prefect's API is away ({' '.join(str(error).split())[:200]}); run the same command to continue."
             )

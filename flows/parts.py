@@ -42,7 +42,8 @@ def prepare(
     """
     given = merged(overrides, name=name)
     before = {"tokenize": lambda spec: mapped_tokenization(spec, shards, runner)} if shards > 1 else None
-    again = status.command("prepare", config, given, root)
+    mapped = {"shards": shards, "runner": runner} if before else {}
+    again = status.command("prepare", config, given, root, status.options(mapped))
     return chain(configured(config, given, root), config, last="prepare", before=before, again=again)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.states import State
 
+from flows import server
 from jaxlm.config import RunConfig, load
 from jaxlm.errors import JaxlmError
 from jaxlm.stages import runs
@@ -47,11 +49,25 @@ def command(flow: str, config: str, overrides: Sequence[str], root: str, more: S
     return shlex.join([*words, *more])
 
 
+def state_of(cfg: RunConfig) -> str:
+    """How the run's last flow ended, or `running`; empty where that is not known."""
+    try:
+        return str(json.loads((runs.directory(cfg) / FILE).read_text())["state"])
+    except (OSError, ValueError, KeyError, TypeError, JaxlmError):
+        return ""
+
+
 def on_end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Prefect's hook for failure, crash and cancellation. Also run by a worker whose flow was killed."""
+    """Prefect's hook for failure, crash and cancellation. Also run by a worker whose flow was killed.
+
+    A flow that had done everything, and then could not report it, stays completed: the disk has the truth.
+    """
     parameters: Mapping[str, Any] = flow_run.parameters
     with suppress(JaxlmError):
         cfg, again = of_parameters(flow.name, parameters)
+        error = state.data if isinstance(state.data, BaseException) else None
+        if state_of(cfg) == "completed" and server.about_the_api(error):
+            return
         kind = "cancelled" if state.is_cancelling() or state.is_cancelled() else str(state.type.value).lower()
         write(cfg, kind, sentence(state), again)
 
@@ -69,8 +85,16 @@ def of_parameters(flow_name: str, parameters: Mapping[str, Any]) -> tuple[RunCon
     root, config = str(parameters.get("root", ".")), str(parameters["config"])
     cfg = load(config, tuple(overrides))
     cfg = cfg if root == "." else cfg.replace(root=root)
-    more = [word for line in parameters.get("grid") or [] for word in ("--grid", line)]
-    return cfg, command(flow_name.removeprefix("jaxlm-"), config, overrides, root, more)
+    return cfg, command(flow_name.removeprefix("jaxlm-"), config, overrides, root, options(parameters))
+
+
+def options(parameters: Mapping[str, Any]) -> list[str]:
+    """The options of `jaxlm flow` for those parameters that only some flows have."""
+    words = [word for line in parameters.get("grid") or [] for word in ("--grid", line)]
+    for name in ("shards", "runner"):
+        if parameters.get(name) is not None:
+            words += [f"--{name}", str(parameters[name])]
+    return words
 
 
 def sentence(state: State[Any]) -> str:

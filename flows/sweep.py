@@ -44,7 +44,7 @@ def sweep(
         validation loss first; `best`, the name of that run.
     """
     given = merged(overrides, name=name, steps=steps)
-    again = status.command("sweep", config, given, root, [word for line in grid for word in ("--grid", line)])
+    again = status.command("sweep", config, given, root, status.options({"grid": grid}))
     return run_grid(config, grid, given, root, again=again)
 
 
@@ -63,13 +63,9 @@ def run_grid(
         JaxlmError: the grid is wrong, or a stage failed in another way.
     """
     whole = configured(config, overrides, root)
-    runs_of_grid = [(row, configured(config, [*overrides, *row.values()], root)) for row in combinations(grid)]
-    named = [(row, each.replace(name=f"{whole.name}-{k}")) for k, (row, each) in enumerate(runs_of_grid)]
-    for _, cfg in named:
-        specs_of(cfg, "evaluate", modules)  # all are checked before the first one runs
     rows: list[dict[str, Any]] = []
     with server.ends_with_us():
-        for row, cfg in named:
+        for row, cfg in runs_of(config, grid, overrides, root, modules=modules):
             settings = {field: override.partition("=")[2] for field, override in row.items()}
             say(f"sweep: {cfg.name} ({', '.join(f'{field}={value}' for field, value in settings.items())})")
             rows.append({"run": cfg.name, **settings, **_measured(cfg, config, again, modules)})
@@ -82,6 +78,28 @@ def run_grid(
         "results": {name: table[0][name] for name in FIGURES if name in table[0]},
         "report": str(runs.directory(whole) / "sweep.md"),
     }
+
+
+def runs_of(
+    config: str,
+    grid: Sequence[str],
+    overrides: Sequence[str],
+    root: str,
+    *,
+    modules: Mapping[str, str] | None = None,
+) -> list[tuple[dict[str, str], RunConfig]]:
+    """The runs of a sweep, each with its settings as field -> override. All are checked before the first one runs.
+
+    Raises:
+        InputError: the grid or the configuration of a run is wrong.
+    """
+    name = configured(config, overrides, root).name
+    found = []
+    for k, row in enumerate(combinations(grid)):
+        cfg = configured(config, [*overrides, *row.values()], root).replace(name=f"{name}-{k}")
+        specs_of(cfg, "evaluate", modules)
+        found.append((row, cfg))
+    return found
 
 
 def combinations(grid: Sequence[str]) -> list[dict[str, str]]:

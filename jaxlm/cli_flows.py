@@ -46,17 +46,24 @@ def flow(
     runner
         prepare: what runs those tasks.
     """
-    from flows import command, deployments, server
+    from flows import command, deployments, server, sweep
 
     chosen = deployments.FLOWS[name]
-    extra = {key: value for key, value in {"grid": grid, "shards": shards, "runner": runner}.items() if value}
+    options = {"grid": grid, "shards": shards, "runner": runner}
+    extra = {key: value for key, value in options.items() if value is not None}
     known = inspect.signature(chosen.fn).parameters
     for option in extra:
         if option not in known:
             owner = "sweep" if option == "grid" else "prepare"
             raise InputError(f"--{option}: the flow {name} has no such option; it belongs to {owner}.")
-    if name == "sweep" and not grid:
-        raise InputError("--grid: a sweep needs at least one, such as --grid train.learning_rate=0.001,0.003.")
+    if shards is not None and shards < 1:
+        raise InputError(f"--shards {shards}: expected 1 or more.")
+    if runner and (shards or 1) == 1:
+        raise InputError(f"--runner {runner}: there is one task and nothing to divide; give --shards 2 or more.")
+    if name == "sweep":
+        if not grid:
+            raise InputError("--grid: a sweep needs at least one, such as --grid train.learning_rate=0.001,0.003.")
+        sweep.runs_of(config, grid, set_ or [], str(root))  # a wrong one is told before a server is started
     last: Any = {"pipeline": "evaluate", "sweep": "evaluate"}.get(name, name)
     try:
         command.run(config, set_ or [], str(root), flow=chosen, last=last, **extra)

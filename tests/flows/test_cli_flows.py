@@ -25,6 +25,10 @@ def jaxlm():
         ("flow sweep quickstart", r"^--grid: a sweep needs at least one"),
         ("flow pretrain quickstart --grid seed=1", r"^--grid: the flow pretrain has no such option; .* sweep"),
         ("flow pipeline quickstart --shards 2", r"^--shards: the flow pipeline has no such option; .* prepare"),
+        ("flow sweep quickstart --grid seed", r"^--grid seed: expected section\.field=value,value\."),
+        ("flow sweep quickstart --grid train.stepz=1,2", r"did you mean steps\?"),
+        ("flow prepare quickstart --shards 0", r"^--shards 0: expected 1 or more\."),
+        ("flow prepare quickstart --runner dask", r"^--runner dask: there is one task"),
         ("flow pipeline quickstart --set launch.kind=lsf", r"launch\.kind"),
         ("flow pipeline quickstart --set pretrain.init_from=gone", r"gone: no such run, stage or directory"),
     ],
@@ -40,9 +44,10 @@ def test_a_flow_that_does_not_exist(jaxlm):
 
 
 def test_what_reaches_the_flow(jaxlm, monkeypatch):
-    from flows import command, deployments, server
+    from flows import command, deployments, server, sweep
 
     asked = []
+    monkeypatch.setattr(sweep, "runs_of", lambda *args: [])
     monkeypatch.setattr(command, "run", lambda *args, **given: asked.append((args, given)))
     monkeypatch.setattr(server, "away", lambda: False)
     jaxlm("flow sweep a.yaml --set seed=1 --set name=b --root /tmp --grid x=1,2 --grid y=3")

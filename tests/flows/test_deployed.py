@@ -102,7 +102,13 @@ class Site:
         process.wait()
 
     def request(self, method, path, **body):
-        answer = httpx.request(method, f"{self.api}{path}", json=body or None, timeout=20.0)
+        """An answer of the API. One that says 503, its database being locked, has done nothing and is asked again."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            answer = httpx.request(method, f"{self.api}{path}", json=body or None, timeout=60.0)
+            if answer.status_code != 503 or time.monotonic() > end:
+                break
+            time.sleep(1)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 

@@ -163,6 +163,32 @@ def test_a_hook_leaves_the_reason_and_the_command(tmp_path, kind, state):
     status.on_end(flow, SimpleNamespace(parameters={"config": "nosuch.yaml"}), State(type=kind))  # no run to write to
 
 
+def test_a_flow_that_could_not_report_its_end_stays_completed(tmp_path):
+    from types import SimpleNamespace
+
+    import httpx
+    from prefect.client.schemas.objects import State
+
+    from flows import status
+    from jaxlm.config import load
+
+    (tmp_path / "a.yaml").write_text("")
+    flow = SimpleNamespace(name="jaxlm-prepare")
+    parameters = {"config": str(tmp_path / "a.yaml"), "root": str(tmp_path), "shards": 2, "runner": "threads"}
+    cfg = load(parameters["config"]).replace(root=str(tmp_path))
+    away = State(type="FAILED", data=httpx.ConnectError("refused"))
+    for before, error, after in [
+        ("completed", away, "completed"),
+        ("running", away, "failed"),
+        ("completed", State(type="FAILED", data=ValueError("a bug")), "failed"),
+    ]:
+        status.write(cfg, before, "", "")
+        status.on_end(flow, SimpleNamespace(parameters=parameters), error)
+        assert status.state_of(cfg) == after
+    left = json.loads((tmp_path / "runs" / "a" / "status.json").read_text())
+    assert left["command"] == f"jaxlm flow prepare {tmp_path}/a.yaml --root {tmp_path} --shards 2 --runner threads"
+
+
 def test_a_grid_is_every_combination():
     from flows.sweep import combinations
 
