@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from jaxlm._lock import dir_lock
 from jaxlm.errors import BY_EXIT_CODE, DiskError, InputError, JaxlmError, Preempted
 from jaxlm.launch.protocol import n_processes, process_id
 from jaxlm.stages import provenance
+from jaxlm.stages.in_time import ends_in_time
 from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.stages.store import (
     check,
@@ -49,6 +51,7 @@ PARENT = "JAXLM_PARENT"  # process number of the launcher: set, the stage ends w
 COPY_LOG = "JAXLM_COPY_LOG"  # set: standard output goes to log.txt too, for a launcher that left us the terminal
 ORPHAN_GRACE = 30.0  # seconds that a stage whose launcher died has for saving
 
+_STOPPED = "{}: stopped on request; run the same command to continue."
 _PR_SET_PDEATHSIG = 1
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -67,7 +70,8 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
     follow_parent()
     signal.signal(signal.SIGTERM, _terminate)
     remove_damaged_of_environment()
-    with _log_copied_to(directory / "log.txt" if COPY_LOG in os.environ else None):
+    stop = functools.partial(_leave, directory)
+    with _log_copied_to(directory / "log.txt" if COPY_LOG in os.environ else None), ends_in_time(stop):
         code, sentence = _guarded(run, directory)
     if sentence:
         tell(directory, code, sentence)
@@ -147,7 +151,7 @@ def _guarded(run: StageRun, directory: Path) -> tuple[int, str]:
     except JaxlmError as error:
         return error.exit_code, str(error)
     except (KeyboardInterrupt, Terminated):
-        return Preempted.exit_code, f"{directory.name}: stopped on request; run the same command to continue."
+        return Preempted.exit_code, _STOPPED.format(directory.name)
     except BaseException as error:  # SystemExit of a library is as unexpected as any exception
         if os_errno(error) in _DISK_FULL:
             return DiskError.exit_code, f"{directory}: the disk failed ({_first_line(error)}); free some space."
@@ -155,6 +159,17 @@ def _guarded(run: StageRun, directory: Path) -> tuple[int, str]:
             (directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
         kind = type(error).__name__
         return 1, f"{directory.name}: unexpected {kind} ({_first_line(error)}); see {directory / 'traceback.txt'}."
+
+
+def _leave(directory: Path) -> NoReturn:
+    """The end of a stage whose main thread has no time for a request to stop. The next process takes up what is left.
+
+    Whoever trains has saved by then, in `jaxlm.stages.stopping`; other stages have nothing to save.
+    """
+    tell(directory, Preempted.exit_code, _STOPPED.format(directory.name))
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(Preempted.exit_code)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,10 +15,10 @@ from typing import NoReturn
 
 from jaxlm.errors import JaxlmError, Preempted, UnavailableError
 from jaxlm.stages import process
+from jaxlm.stages.in_time import SIGNALS
 from jaxlm.stages.runner import say
 from jaxlm.train.stopping import Stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 3.0  # seconds in which the main thread may come to a stop by itself
 
 

@@ -144,6 +144,18 @@ def test_sigterm_to_the_child_alone_is_preempted(make_spec, eventually):
     assert str(result["error"]) == "saved at step 7; run the same command to continue."
 
 
+def test_sigterm_is_heard_while_the_main_thread_is_in_a_library(make_spec, eventually):
+    spec = make_spec(do="compile")
+    thread, result = in_background(lambda: run_stage(spec, echo=lambda line: None))
+    assert eventually(lambda: pids(spec))
+    started = time.monotonic()
+    os.kill(pids(spec)[0], signal.SIGTERM)
+    thread.join(20)
+    assert time.monotonic() - started < 20
+    assert isinstance(result["error"], Preempted)
+    assert str(result["error"]) == f"{spec.name}: stopped on request; run the same command to continue."
+
+
 HELPED = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor

@@ -5,6 +5,7 @@ Neither is part of its identity: a test may change its mind.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -34,6 +35,9 @@ def run(spec, inputs):
         raise OSError(28, "No space left on device")
     if do == "sleep":
         wait_for_sigterm(directory, float(os.environ.get("FAKE_SECONDS", "60")))
+    if do == "compile":  # its main thread is in a library's code, where no signal handler gets a turn
+        (directory / "pids.part").write_text(str(os.getpid()))
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     if do == "deaf":  # ignores SIGTERM, and has a helper process
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
