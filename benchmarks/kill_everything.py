@@ -17,6 +17,7 @@ jax, three to five for one with it); `--kills 6`, one for each stage, takes abou
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # as the stages get: a state is read where it was laid out
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "faults")]
