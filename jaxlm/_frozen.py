@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from datetime import date
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,23 +65,49 @@ def validated(model: type[M], values: dict[str, Any], where: str = "") -> M:
         raise InputError(f"{where}: {problems}{stop}" if where else f"{problems}{stop}") from None
 
 
+def takes_text(model: type[Frozen], path: list[str]) -> bool:
+    """Whether the option at `path` holds free text, so that a number given for it is text too."""
+    field = _section(model, path[:-1]).model_fields.get(path[-1])
+    return field is not None and (field.annotation is str or set(get_args(field.annotation)) == {str, type(None)})
+
+
 def _sentence(model: type[Frozen], error: Any) -> str:
     path = [str(part) for part in error["loc"]]
-    field = ".".join(path) or "configuration"
+    field, found = ".".join(path) or "configuration", error["input"]
     if error["type"] == "extra_forbidden":
         names = _names_at(model, path[:-1])
         close = difflib.get_close_matches(path[-1], names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(sorted(names))}"
         return f"{field}: unknown option; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    if not path or isinstance(error["input"], dict | BaseModel):
-        return f"{field}: {message}" if path else message
-    return f"{field}: {message[0].lower()}{message[1:]}, found {error['input']!r}"
+    message = _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    if not path or message.startswith(f"{field}."):  # it names the field itself
+        return message
+    if isinstance(found, dict | BaseModel):
+        return f"{field}: {message}"
+    sentence = f"{field}: {message[0].lower()}{message[1:]}, found {found!r}"
+    unquoted = error["type"] == "string_type" and isinstance(found, int | float | date)
+    return f"{sentence}; put quotes around it" if unquoted else sentence
+
+
+# Pydantic's words for these are Python's, not YAML's.
+_EXPECTED = {
+    "model_type": "expected options, as name: value",
+    "tuple_type": "expected a list, such as [a, b]",
+    "string_type": "expected a text",
+}
 
 
 def _names_at(model: type[Frozen], path: list[str]) -> list[str]:
+    section = _section(model, path)
+    return [*section.model_fields, *section.extra_names]
+
+
+def _section(model: type[Frozen], path: list[str]) -> type[Frozen]:
+    """The model of a section; where a name on the way is none, that of the last one that is."""
     for part in path:
+        if part not in model.model_fields:
+            break
         annotation = model.model_fields[part].annotation
         inner = [item for item in (annotation, *get_args(annotation)) if isinstance(item, type)]
         model = next((item for item in inner if issubclass(item, Frozen)), model)
-    return [*model.model_fields, *model.extra_names]
+    return model

@@ -30,12 +30,16 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def dir_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
+def dir_lock(directory: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     """Holds `directory` for this process alone until the block ends; the directory is made if it is missing.
 
     The lock is flock(2) on `directory/.lock`, in which the owner's process number, host and start time stand for the
     message only: a killed owner leaves no stale lock. It is not re-entrant: the second `dir_lock` of the same directory
     is refused in the same process too. Child processes do not inherit it.
+
+    Args:
+      directory: what to hold.
+      wait: for another owner to end, where it is one that soon does; by default it is an error.
 
     Raises:
       InputError: another owner holds it (named), the directory may not be written, or its file system has no locks.
@@ -48,7 +52,7 @@ def dir_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
     _held.add(descriptor)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InputError(f"{folder} is in use by {_owner(descriptor)}; wait for it or stop it") from None
         except OSError as error:

@@ -13,6 +13,7 @@ from jaxlm.data import encode_prompt
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded, load_model, start_ids
 from jaxlm.sample import Sampling, generate
+from jaxlm.sample.requests import Overflow
 from jaxlm.sample.stream import stream
 from jaxlm.tokenizers import Tokenizer
 
@@ -30,6 +31,7 @@ def sample(
     n: int = 1,
     max_new_tokens: int = 100,
     sampling: Sampling | None = None,
+    overflow: Overflow = "refuse",
     seed: int = 0,
     out: IO[str] | None = None,
 ) -> None:
@@ -41,6 +43,7 @@ def sample(
         n: how many continuations.
         max_new_tokens: longest continuation.
         sampling: the options; the defaults when empty.
+        overflow: what to do when prompt and new tokens exceed the context, as in `generate`.
         seed: the same seed gives the same texts.
         out: where to write; standard output when empty.
 
@@ -59,7 +62,7 @@ def sample(
     if n == 1:
         pieces = stream(
             model.cfg, model.params, ids, sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=model.stop_ids,
-            key=key, tokenizer=_After(tokenizer, asked),
+            key=key, tokenizer=_After(tokenizer, asked), overflow=overflow,
         )  # fmt: skip
         for piece in pieces:
             print(piece.text, end="", file=out, flush=True)
@@ -67,7 +70,7 @@ def sample(
         return
     outs = generate(
         model.cfg, model.params, [ids] * n, sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=model.stop_ids,
-        key=key, tokenizer=tokenizer,
+        key=key, tokenizer=tokenizer, overflow=overflow,
     )  # fmt: skip
     for done in outs:
         ended = done.finish_reason == "stop" and done.tokens[-1] in model.stop_ids
@@ -102,6 +105,17 @@ def chat_ids(model: Loaded, messages: Messages) -> list[int]:
     if model.template is None:
         raise InputError("this model has no chat template, so it cannot chat; use jaxlm sample to continue text.")
     return start_ids(tokenizer, empty=False) + encode_prompt(tokenizer, messages[-1]["content"], model.template)
+
+
+def _check_system(model: Loaded, system: str) -> None:
+    """Refuses a system message that the model would never see: whatever it says, the prompt is the same."""
+    question = {"role": "user", "content": "?"}
+    one, other = (chat_ids(model, [{"role": "system", "content": text}, question]) for text in (system, f"{system} x"))
+    if one == other:
+        raise InputError(
+            "--system: this model's template has no place for a system message, so it would not be seen; leave it out, "
+            "or say it in the message."
+        )
 
 
 def fitted(model: Loaded, messages: Messages, max_new_tokens: int) -> tuple[list[int], int]:
@@ -165,11 +179,13 @@ def chat(
         interactive: turn by turn or not; by default, whether `stdin` is a terminal.
 
     Raises:
-        InputError: there is no message, it does not fit, or the model cannot chat. On a terminal, what is wrong with a
-            message is said, and the conversation goes on.
+        InputError: there is no message, it does not fit, or the model cannot chat or has no place for `system`. On a
+            terminal, what is wrong with a message is said, and the conversation goes on.
     """
     stdin, out = sys.stdin if stdin is None else stdin, sys.stdout if out is None else out
     options = Sampling(temperature=0.7, top_p=0.95) if sampling is None else sampling
+    if system is not None:
+        _check_system(model, system)
     opening: Messages = [] if system is None else [{"role": "system", "content": system}]
     key = jax.random.key(seed)
 

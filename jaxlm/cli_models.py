@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
 
+from jaxlm.cli_import import check_writable, import_hf
 from jaxlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ def sample(
     min_p: float = 0.0,
     typical_p: float = 1.0,
     repetition_penalty: float = 1.0,
+    overflow: Literal["refuse", "crop", "slide"] = "refuse",
     seed: Seed = 0,
     root: Root = Path("."),
 ) -> None:
@@ -78,6 +83,9 @@ def sample(
         Keep the tokens of most usual surprise that make up this share of the probability; 1 is off.
     repetition_penalty
         Above 1: tokens that came before become less likely.
+    overflow
+        When prompt and new tokens exceed the model's context. refuse: an error. crop: drop the prompt's first tokens.
+        slide: go on with the last tokens whenever the context is full.
     """
     from jaxlm import chat as talk
     from jaxlm.sample import Sampling
@@ -88,7 +96,9 @@ def sample(
     )  # fmt: skip
     if n < 1:
         raise InputError(f"--n {n}: ask for at least one continuation.")
-    talk.sample(_load(model, root), prompt, n=n, max_new_tokens=max_new_tokens, sampling=options, seed=seed)
+    talk.sample(
+        _load(model, root), prompt, n=n, max_new_tokens=max_new_tokens, sampling=options, overflow=overflow, seed=seed
+    )
 
 
 def chat(
@@ -108,7 +118,8 @@ def chat(
     Parameters
     ----------
     system
-        The system message; empty: the model's own.
+        The system message; empty: the model's own. A model whose template has no place for one refuses it, such as
+        those that were fine-tuned here on single questions.
     """
     from jaxlm import chat as talk
     from jaxlm.sample import Sampling
@@ -142,45 +153,14 @@ def inspect(
     from jaxlm.presets import preset
     from jaxlm.stages.runner import say
 
-    cfg = preset(model) if _is_preset(model, root) else read_shape(model, root)
+    with _presets_suggested(model):
+        cfg = preset(model) if _is_preset(model, root) else read_shape(model, root)
     if batch < 1 or (length is not None and length < 1):
         raise InputError(f"--batch {batch} --length {length}: both are at least 1.")
     if block is not None:
         say(inspect_model.block_report(cfg, block, batch=batch, length=length or 4))
     else:
         say(inspect_model.report(cfg, batch=batch, length=length))
-
-
-def import_hf(source: str, directory: Path, /, *, revision: str | None = None) -> None:
-    """Read published weights into a directory that stands for a run: sample it, or train on from it.
-
-    Parameters
-    ----------
-    source
-        A Hugging Face directory, owner/name, or a .gguf file.
-    directory
-        A new or an empty directory.
-    revision
-        Commit, tag or branch of a repository.
-    """
-    from jaxlm.checkpoint import Checkpointer
-    from jaxlm.interop import load_hf
-    from jaxlm.interop.gguf import load_gguf
-    from jaxlm.stages import saved
-    from jaxlm.stages.runner import say
-
-    if revision is not None and source.endswith(".gguf"):
-        raise InputError(f"--revision {revision}: {source} is a file and has none; leave it out.")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: is there already and not an empty directory; choose another.")
-    cfg, params, tokenizer = load_gguf(source) if source.endswith(".gguf") else load_hf(source, revision=revision)
-    if tokenizer is None:
-        raise InputError(f"{source}: has no tokenizer.json, and a run needs a tokenizer; put one beside the weights.")
-    meta = {"tokenizer": tokenizer.fingerprint, "model": cfg.identity()}
-    with Checkpointer(directory / saved.CHECKPOINTS, asynchronous=False) as checkpoints:
-        checkpoints.save(0, {"params": params}, meta=meta, metric=None)
-    saved.write_description(directory, cfg, tokenizer)
-    say(f"{directory}: imported; use it as a run, or as pretrain.init_from={directory}/checkpoints/0")
 
 
 def export_hf(model: Model, directory: Path, /, *, root: Root = Path(".")) -> None:
@@ -196,6 +176,7 @@ def export_hf(model: Model, directory: Path, /, *, root: Root = Path(".")) -> No
     from jaxlm.interop import families, save_hf
     from jaxlm.stages.runner import say
 
+    check_writable(directory)
     found = _load(model, root, prepared=False)
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
@@ -260,7 +241,8 @@ def decode(
     from jaxlm.presets import preset
     from jaxlm.sample.timing_report import bench as run
 
-    found = None if _is_preset(model, root) else _load(model, root, prepared=False)
+    with _presets_suggested(model):
+        found = None if _is_preset(model, root) else _load(model, root, prepared=False)
     cfg, params = (preset(model), None) if found is None else found[:2]
     run(
         cfg.replace(compute_dtype=dtype), params, name=model, batch_sizes=batch_sizes, prompt_lengths=prompt_lengths,
@@ -273,6 +255,31 @@ def _is_preset(model: str, root: Path) -> bool:
     from jaxlm.presets import PRESETS
 
     return model in PRESETS and not (root / "runs" / model).exists()
+
+
+@contextmanager
+def _presets_suggested(model: str) -> Iterator[None]:
+    """The name of nothing may be a slip in a preset's name, or that of a configuration that has not run."""
+    try:
+        yield
+    except InputError as error:
+        sentence, _, hint = str(error).partition("; ")
+        if sentence != f"{model}: no such run, stage or directory":
+            raise
+        from jaxlm.config import find_config
+        from jaxlm.presets import PRESETS
+
+        runs = hint.removeprefix("did you mean ").rstrip("?") if hint.startswith("did you mean ") else ""
+        if presets := difflib.get_close_matches(model, PRESETS, n=1):
+            better = f"did you mean the preset {presets[0]}{f' or {runs}' if runs else ''}?"
+        elif runs:
+            better = hint
+        else:
+            better = f"the presets are {', '.join(PRESETS)}."
+            with suppress(InputError):
+                find_config(model)
+                better = f"it is a configuration, whose run is made by jaxlm pipeline {model}."
+        raise InputError(f"{sentence}; {better}") from None
 
 
 def register(app: cyclopts.App) -> None:

@@ -11,18 +11,22 @@ from cyclopts import Parameter
 from jaxlm.errors import InputError
 
 Root = Annotated[Path, Parameter(help="directory that holds store/ and runs/")]
+Verified = Annotated[
+    str, Parameter(help="a run's name, <run>/<stage>, or the directory of a run, a stage or an imported model")
+]
 Run = Annotated[str, Parameter(help="a run's name, <run>/<stage>, or the directory of a run or a stage")]
 
 
-def verify(run: Run, /, *, root: Root = Path(".")) -> None:
-    """Check every digest of a run, its stages and its checkpoints; name what is damaged."""
+def verify(run: Verified, /, *, root: Root = Path(".")) -> None:
+    """Check every digest of a run, its stages and its checkpoints, or of an imported model; name what is damaged."""
     from jaxlm.stages import runs, verification
     from jaxlm.stages.runner import say
 
     place = runs.resolve(run, root)
     if damage := verification.verify_place(place):
         raise InputError("; ".join(sentence.rstrip(".") for sentence in damage) + ".")
-    say(f"{place}: {verification.stages_in(place)} stages, every file as it was written")
+    what = "an imported model" if verification.is_imported(place) else f"{verification.stages_in(place)} stages"
+    say(f"{place}: {what}, every file as it was written")
 
 
 def diff(first: Run, second: Run, /, *, root: Root = Path(".")) -> None:

@@ -8,18 +8,22 @@ A field marked `cosmetic(...)` does not decide any result (log intervals, paths)
 
 from __future__ import annotations
 
+import difflib
 import os
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from jaxlm._frozen import Fraction, Frozen, NonNegative, Positive, cosmetic, validated
+from jaxlm._frozen import Fraction, Frozen, NonNegative, Positive, cosmetic, takes_text, validated
+from jaxlm._yaml import parse, read_mapping
+from jaxlm.data_config import DataConfig, TokenizerConfig, known_source
 from jaxlm.errors import InputError
 from jaxlm.guards_config import GuardOptions
-from jaxlm.launch_config import FlowOptions
+from jaxlm.launch_config import OF_SFT, OF_STORYWORLD, FlowOptions, figure_of
 from jaxlm.model_config import ModelConfig, RopeScaling
 
 __all__ = [
@@ -79,53 +83,6 @@ class TrainConfig(TrainOptions):
     model: ModelConfig = ModelConfig()
 
 
-class DataConfig(Frozen):
-    """Where the text comes from and how it is cut into rows."""
-
-    source: str = Field("storyworld", description="storyworld, a name from jaxlm.data.sources, or file")
-    path: str | None = Field(
-        None, description="source=file: a UTF-8 text file (or .jsonl with a text field), or a directory"
-    )
-    url: str | None = Field(None, description="source=file: fetch it from here instead of path")
-    size: Positive | None = Field(None, description="bytes of the download at url")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of the file")
-    val_fraction: float = Field(0.1, gt=0, lt=1, description="last share of the characters kept for validation")
-    world: Literal["small", "rich"] = Field("small", description="storyworld: which world")
-    n_stories: Positive = Field(20000, description="storyworld: training stories")
-    n_val_stories: Positive = Field(500, description="storyworld: validation stories")
-    pack: Literal["stream", "documents"] = Field(
-        "stream", description="documents: no row attends across a document's edge"
-    )
-    seq_len: Positive = Field(128, description="T, tokens per row")
-
-    @model_validator(mode="after")
-    def _source_fits(self) -> Self:
-        if self.source == "file" and (self.path is None) == (self.url is None):
-            raise ValueError("source=file needs one of path and url")
-        if self.source != "file" and (self.path is not None or self.url is not None):
-            raise ValueError(f"path and url belong to source=file, not to source={self.source}")
-        if self.url is not None and (self.sha256 is None or self.size is None):
-            raise ValueError("url needs size and sha256, so that what arrives can be checked")
-        return self
-
-
-class TokenizerConfig(Frozen):
-    """Which tokenizer, and how it is made from the training text."""
-
-    kind: Literal["char", "word", "bpe", "named"] = Field(
-        "word", description="named: a published encoding or a directory"
-    )
-    name: str | None = Field(None, description="kind=named: gpt2, cl100k_base, a directory or a tokenizer.json")
-    vocab_size: Positive = Field(4096, description="kind=bpe: merges are learned up to this size")
-    unk: bool = Field(True, description="kind=char or word: unknown pieces become [UNK]; false: they are an error")
-
-    @model_validator(mode="after")
-    def _name_fits(self) -> Self:
-        if (self.kind == "named") != (self.name is not None):
-            raise ValueError("name goes with kind=named, and only with it")
-        return self
-
-
 class PretrainConfig(Frozen):
     """Where pretraining starts from."""
 
@@ -133,6 +90,12 @@ class PretrainConfig(Frozen):
         None, description="a run, a stage directory or a checkpoint to start from; empty: scratch"
     )
     init_optimizer: bool = Field(False, description="take the optimizer state along with the parameters")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.init_optimizer and self.init_from is None:
+            raise ValueError("init_optimizer=true takes the state of init_from; set init_from, or leave it out")
+        return self
 
 
 class SftConfig(Frozen):
@@ -148,6 +111,11 @@ class SftConfig(Frozen):
     template: str = Field("{prompt} ", description="text before the response; {prompt} is replaced")
     train: TrainOptions = TrainOptions()
 
+    @field_validator("source")
+    @classmethod
+    def _known(cls, source: str) -> str:
+        return known_source(source, "examples")
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.source == "file") != (self.path is not None):
@@ -161,7 +129,7 @@ class EvalConfig(Frozen):
     """What the evaluation measures."""
 
     batch_size: Positive = cosmetic(32, gt=0, description="rows per evaluation batch")
-    n_questions: Positive = Field(400, description="held-out questions asked, over all types")
+    n_questions: Positive = Field(400, description="held-out questions asked after sft, over all types")
     max_new_tokens: Positive = Field(16, description="longest answer")
     n_samples: NonNegative = Field(4, description="texts sampled for the report")
     sample_tokens: Positive = Field(80, description="length of each sampled text")
@@ -207,31 +175,69 @@ class RunConfig(FlowOptions):
                 f"sft.source=storyworld needs data.source=storyworld, found {self.data.source}; "
                 "set sft.enabled=false or another sft.source"
             )
+        if self.tokenizer.kind == "bpe":
+            least = 256 + (self.data.pack == "documents" or self.sft.enabled)  # every byte, and the end of a text
+            if self.tokenizer.vocab_size < least:
+                raise ValueError(
+                    f"tokenizer.vocab_size={self.tokenizer.vocab_size}: kind=bpe needs at least {least}, one for every "
+                    "byte and for the end of a text"
+                )
+        if self.launcher == "inline":
+            for name, none in (("kind", "local"), ("processes", 1), ("timeout_hours", 0.0)):
+                if getattr(self.launch, name) != none:
+                    raise ValueError(
+                        f"launch.{name}={getattr(self.launch, name)} needs launcher=process: with launcher=inline the "
+                        "stages run in the calling process"
+                    )
+        self._bounds_can_be_met()
         return self
+
+    def _bounds_can_be_met(self) -> None:
+        """Every bound is of a figure that this run will have."""
+        for bound in self.gate.bounds:
+            name = figure_of(bound)
+            head, *rest = name.split(".")
+            if head in OF_STORYWORLD and self.data.source != "storyworld":
+                raise ValueError(f"gate.bounds: {name} is known of data.source=storyworld alone; take val_loss")
+            if head in OF_SFT and not self.sft.enabled:
+                raise ValueError(f"gate.bounds: {name} is measured with sft.enabled=true; take val_loss")
+            if head == "accuracy_by_type":
+                types = self._types_of_question()
+                if rest[0] not in types:
+                    raise ValueError(f"gate.bounds: {name}: the types of question are {', '.join(types)}")
+
+    def _types_of_question(self) -> tuple[str, ...]:
+        if self.sft.source != "storyworld":
+            return ("all",)
+        from jaxlm.data.storyworld import WORLDS
+
+        return WORLDS[self.data.world].questions
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Reads a YAML file and applies `a.b=c` overrides (values are parsed as YAML).
+
+    What is not said has its default, so that an empty file is a run of the defaults under the file's name. A field of
+    text takes an override as it is written: `name=2024` needs no quotes.
 
     Args:
         path: the file. A bare name such as `quickstart` also finds `configs/quickstart.yaml`.
         overrides: strings such as `train.steps=500`.
 
     Raises:
-        InputError: no such file, not YAML, an unknown key, a value out of range, fields that do not fit together.
+        InputError: no such file, not YAML, an unknown key or one that stands twice, a value out of range, fields that
+            do not fit together.
     """
     file = find_config(path)
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise InputError(f"{file}: not a readable YAML file ({' '.join(str(error).split())}); fix the file.") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: expected a mapping of sections at the top, found {type(values).__name__}.")
+    values = read_mapping(file)
     values.setdefault("name", file.stem)
     for override in overrides:
         _apply_override(values, override)
+    if isinstance(values.get("model"), dict) and "vocab_size" in values["model"]:
+        raise InputError(
+            f"{file}: model.vocab_size: a run has the vocabulary of its tokenizer; leave it out (tokenizer.vocab_size "
+            "is the size of kind=bpe)."
+        )
     return validated(RunConfig, values, where=str(file))
 
 
@@ -244,13 +250,18 @@ def find_config(path: str | Path) -> Path:
     file = Path(path)
     if file.is_file():
         return file
+    hint = "pass a path to a YAML file such as configs/quickstart.yaml."
     if os.sep not in str(path) and not file.suffix:
         here = Path(__file__).resolve().parent
         # Beside the package in a checkout, inside it in an installed wheel.
-        for folder in (Path("configs"), here.parent / "configs", here / "_configs"):
+        folders = (Path("configs"), here.parent / "configs", here / "_configs")
+        for folder in folders:
             if (folder / f"{path}.yaml").is_file():
                 return folder / f"{path}.yaml"
-    raise InputError(f"{path}: no such configuration file; pass a path to a YAML file such as configs/quickstart.yaml.")
+        names = {item.stem for folder in folders for item in folder.glob("*.yaml")}
+        if close := difflib.get_close_matches(str(path), sorted(names), n=1):
+            hint = f"did you mean {close[0]}?"
+    raise InputError(f"{path}: no such configuration file; {hint}")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -258,13 +269,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InputError(f"--set {override}: expected section.field=value.")
     try:
-        value = yaml.safe_load(text)
+        value = parse(text, where=f"--set {override}")
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not readable as YAML; quote it.") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+    path = key.split(".")
+    if takes_text(RunConfig, path):
+        if isinstance(value, int | float | date):  # 2024, true, 12:00:00 (which YAML 1.1 reads as seconds)
+            value = text.strip()
+    elif isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         with suppress(ValueError):
             value = float(value)
-    *parents, last = key.split(".")
+    *parents, last = path
     node = values
     for parent in parents:
         child = node.get(parent, {})

@@ -12,7 +12,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.interop import gguf, hf, hub
 from jaxlm.model import Params
-from jaxlm.sample import prepare
+from jaxlm.sample import arguments, prepare
 from jaxlm.stages import runs, saved
 from jaxlm.tokenizers import Tokenizer
 
@@ -50,8 +50,19 @@ def load_model(
 ) -> Loaded:
     """The model that a person means: a .gguf file, a Hugging Face directory, a run, or a repository id.
 
+    What a name means is the first of these:
+
+    1. a path that ends in `.gguf`;
+    2. a path of a Hugging Face directory (one with `config.json`);
+    3. `owner/name` on the hub, where neither a path, nor a run, nor a place in the store has that name;
+    4. in `root`: the run `runs/<name>`, or `runs/<run>/<stage>`; the stage `store/<name>`;
+    5. the path of a run's directory, a stage's, or one that `jaxlm import-hf` made, as it is or below `root`.
+
+    So a run's name comes before a directory of ours here that is called the same, unless its whole path is given. Of
+    a run, the fine-tuned model is taken where there is one; of a stage, its newest undamaged checkpoint.
+
     Args:
-        name: what was typed. A file or directory of that name comes before a run, a run before `owner/name` on the hub.
+        name: what was typed.
         root: the directory that holds store/ and runs/.
         dtype: of imported weights; float32 when empty. Runs have the type that they were saved in.
         tokenizer: instead of the one with imported weights, which may then have none.
@@ -61,6 +72,8 @@ def load_model(
         InputError: there is no such model, it is damaged, or it has no tokenizer.
         UnavailableError: a repository is neither in the cache nor reachable.
     """
+    if tokenizer is not None:
+        arguments.check_tokenizer(tokenizer, "encode")
     kind, place = _found(name, root)
     if kind == "gguf":
         return _imported(name, gguf.load_gguf(place, dtype=dtype), tokenizer, prepared)
@@ -95,6 +108,11 @@ def read_shape(name: str | Path, root: str | Path = ".") -> ModelConfig:
 
 def _found(name: str | Path, root: str | Path) -> tuple[str, str | Path]:
     """What kind of thing a name stands for (gguf, hf or run), and where it is."""
+    for what, value in (("name", name), ("root", root)):
+        if not isinstance(value, str | Path):
+            raise InputError(f"{what}: expected a name or a path, found {arguments.found(value)}.")
+    if not str(name):
+        raise InputError("name: is empty; give a run, a Hugging Face directory or a .gguf file.")
     path, root = Path(name), Path(root)
     if path.suffix == ".gguf":
         return "gguf", path

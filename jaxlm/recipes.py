@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
 from jaxlm import tokenizers
 from jaxlm._frozen import Frozen, Positive
+from jaxlm._yaml import read_mapping
 from jaxlm.config import ModelConfig, find_config, validated
 from jaxlm.data.download import fetch
 from jaxlm.data.sources import source
@@ -63,12 +63,7 @@ def load(path: str | Path) -> Recipe:
         InputError: no such file, or it is no recipe; names the field.
     """
     file = find_config(path)
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{file}: not a readable YAML file ({' '.join(str(error).split())}); fix the file.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: expected a mapping of fields at the top, found {type(values).__name__}.")
+    values = read_mapping(file)
     return validated(Recipe, {"name": file.stem, **values}, where=str(file))
 
 

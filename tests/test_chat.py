@@ -161,7 +161,7 @@ def test_wrong_words_are_one_sentence(
 
 def test_options_keep_their_names_and_their_help(capsys: pytest.CaptureFixture[str]) -> None:
     shared = ["--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--root"]
-    for command, own in (("sample", ["--prompt", "--n", "--min-p", "--typical-p", "--repetition-penalty"]),
+    for command, own in (("sample", ["--prompt", "--n", "--min-p", "--overflow"]),
                          ("chat", ["--system"])):  # fmt: skip
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -232,6 +232,43 @@ def test_a_conversation(model: chat.Loaded, monkeypatch: pytest.MonkeyPatch) -> 
     ]
     assert out.getvalue().count("Answer\n") == 3
     assert out.getvalue().startswith(chat.HELP)
+
+
+@pytest.mark.parametrize("template", ["Q: {prompt}\nA:", None])
+def test_a_system_message_that_would_not_be_seen_is_refused(model: chat.Loaded, template: str | None) -> None:
+    """Of a model that was fine-tuned here on single questions, and of a published one whose template drops it."""
+    deaf = None if template else "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    tuned = model._replace(tokenizer=tokenizer(deaf), template=template)
+    for interactive in (False, True):
+        with pytest.raises(InputError, match=r"^--system: this model's template has no place for a system message"):
+            chat.chat(tuned, system="Be brief.", stdin=io.StringIO("Hi"), out=io.StringIO(), interactive=interactive)
+
+
+def test_overflow_is_as_in_generate(
+    model: chat.Loaded, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The context is 64: of 70 letters and 12 new tokens, `crop` leaves the last 52 letters."""
+    prompt = "abcdefg" * 10
+    command = ["sample", str(directory), "--prompt", prompt, "--max-new-tokens", "12", "--temperature", "0"]
+
+    def ended(*more: str) -> Any:
+        with pytest.raises(SystemExit) as end:
+            main([*command, *more])
+        return end.value.code, capsys.readouterr()
+
+    code, captured = ended()
+    assert code == 65
+    assert "exceed the model's context of 64" in captured.err
+    assert "pass overflow='crop'" in captured.err
+    assert ended("--overflow", "wrap")[0] == 65
+    code, captured = ended("--overflow", "crop")
+    out = io.StringIO()
+    chat.sample(model, prompt[-52:], max_new_tokens=12, sampling=GREEDY, out=out)
+    assert (code, captured.out) == (0, prompt[:-52] + out.getvalue())
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(chat, "generate", lambda *_, **options: asked.append(options) or [])
+    assert ended("--overflow", "slide", "--n", "2")[0] == 0
+    assert [options["overflow"] for options in asked] == ["slide"]
 
 
 def test_one_message_from_a_pipe(model: chat.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from jaxlm.config import (
     EvalConfig,
     Frozen,
     ModelConfig,
+    PretrainConfig,
     RopeScaling,
     RunConfig,
     SftConfig,
@@ -81,7 +82,7 @@ def test_unknown_name_beside_a_preset():
 
 
 def test_unknown_preset_names_the_nearest():
-    assert "did you mean gpt2?" in refused({"model": {"preset": "gpt-2"}})
+    assert refused({"model": {"preset": "gpt-2"}}) == "model.preset: unknown preset 'gpt-2'; did you mean gpt2?"
 
 
 def test_a_key_that_is_not_text_is_refused(tmp_path):
@@ -122,6 +123,11 @@ def test_a_key_that_is_not_text_is_refused(tmp_path):
         ({"data": {"val_fraction": 1.0}}, "data.val_fraction"),
         ({"data": {"seq_len": 0}}, "data.seq_len"),
         ({"data": {"sha256": "xyz"}}, "data.sha256"),
+        ({"data": {"source": "shakespear"}}, "data.source"),
+        ({"data": {"source": "instructions"}}, "data.source"),  # a public file, and no text
+        ({"sft": {"source": "instruction"}}, "sft.source"),
+        ({"sft": {"source": "verdict"}}, "sft.source"),  # no prompts with responses
+        ({"tokenizer": {"kind": "named", "name": "gpt-2"}}, "tokenizer.name"),
         ({"eval": {"top_p": -0.1}}, "eval.top_p"),
         ({"eval": {"batch_size": 0}}, "eval.batch_size"),
         ({"name": "../up"}, "name"),
@@ -163,13 +169,24 @@ def test_several_problems_are_named_at_once():
         (DataConfig, {"source": "file", "path": "a", "url": "b", "size": 1, "sha256": HEX}, ["path", "url"]),
         (DataConfig, {"source": "storyworld", "path": "a"}, ["path", "storyworld"]),
         (DataConfig, {"source": "file", "url": "http://x/y"}, ["size", "sha256"]),
-        (TokenizerConfig, {"kind": "named"}, ["name"]),
-        (TokenizerConfig, {"kind": "char", "name": "gpt2"}, ["name"]),
+        (DataConfig, {"size": 3}, ["size=3", "url"]),
+        (DataConfig, {"source": "file", "path": "a", "size": 3}, ["size=3", "url"]),
+        (DataConfig, {"sha256": HEX}, ["sha256", "source=storyworld"]),
+        (DataConfig, {"val_fraction": 0.2}, ["val_fraction=0.2", "n_val_stories"]),
+        (TokenizerConfig, {"kind": "named"}, ["name=gpt2"]),
+        (TokenizerConfig, {"kind": "char", "name": "gpt2"}, ["name=gpt2", "kind=named", "kind=char"]),
+        (TokenizerConfig, {"vocab_size": 99}, ["vocab_size=99", "kind=bpe", "kind=word"]),
+        (PretrainConfig, {"init_optimizer": True}, ["init_optimizer", "init_from"]),
         (SftConfig, {"source": "file"}, ["path"]),
         (SftConfig, {"path": "a"}, ["path"]),
         (SftConfig, {"template": "Question: "}, ["{prompt}"]),
         (RunConfig, {"data": {"seq_len": 65}, "model": {"max_seq_len": 64}}, ["data.seq_len=65", "max_seq_len=64"]),
         (RunConfig, {"data": {"source": "shakespeare"}}, ["sft.source", "sft.enabled=false"]),
+        # 256 bytes, and the token that ends a text
+        (RunConfig, {"tokenizer": {"kind": "bpe", "vocab_size": 256}}, ["tokenizer.vocab_size=256", "least 257"]),
+        (RunConfig, {"launcher": "inline", "launch": {"kind": "slurm"}}, ["launch.kind=slurm", "launcher=inline"]),
+        (RunConfig, {"launcher": "inline", "launch": {"processes": 2}}, ["launch.processes=2", "launcher=inline"]),
+        (RunConfig, {"launcher": "inline", "launch": {"timeout_hours": 2}}, ["launch.timeout_hours=2.0"]),
     ],
 )
 def test_fields_that_do_not_fit_together(model, values, words):
@@ -187,7 +204,12 @@ def test_fields_that_do_not_fit_together(model, values, words):
         (TrainOptions, {"batch_size": 8, "grad_accum_steps": 4}),
         (DataConfig, {"source": "file", "url": "http://x/y", "size": 1, "sha256": HEX}),
         (RunConfig, {"data": {"seq_len": 64}, "model": {"max_seq_len": 64}}),
-        (RunConfig, {"data": {"source": "shakespeare"}, "sft": {"enabled": False}}),
+        (RunConfig, {"data": {"source": "shakespeare", "val_fraction": 0.2}, "sft": {"enabled": False}}),
+        (RunConfig, {"sft": {"source": "instructions"}}),
+        (RunConfig, {"tokenizer": {"kind": "bpe", "vocab_size": 257}}),
+        (RunConfig, {"tokenizer": {"kind": "bpe", "vocab_size": 256}, "sft": {"enabled": False}}),
+        (RunConfig, {"pretrain": {"init_from": "first", "init_optimizer": True}}),
+        (DataConfig, {"source": "file", "path": "a", "sha256": HEX}),
         (RunConfig, {"data": {"seq_len": 4096}, "model": {"kind": "bigram"}}),
         (RunConfig, {"seed": 2**32 - 1}),
     ],

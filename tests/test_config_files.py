@@ -64,6 +64,65 @@ def test_override_of_one_section_leaves_another_that_yaml_shares_with_it(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("override", "section", "field", "text"),
+    [  # what YAML 1.1 takes for numbers, dates and truths; 12:00:00 would be 43200 seconds
+        ("name=2024", "", "name", "2024"),
+        ("name=1e3", "", "name", "1e3"),
+        ("name='7'", "", "name", "7"),
+        ("pretrain.init_from=2024-01-02", "pretrain", "init_from", "2024-01-02"),
+        ("publish.to=true", "publish", "to", "true"),
+        ("publish.to=null", "publish", "to", None),
+        ("launch.slurm.time_limit=12:00:00", "launch.slurm", "time_limit", "12:00:00"),
+        ("launch.kubernetes.cpu=8", "launch.kubernetes", "cpu", "8"),
+    ],
+)
+def test_a_field_of_text_takes_an_override_as_it_is_written(tmp_path, override, section, field, text):
+    found = loaded(tmp_path, "", override)
+    for part in filter(None, section.split(".")):
+        found = getattr(found, part)
+    assert getattr(found, field) == text
+
+
+def test_in_a_file_such_a_text_needs_quotes_and_is_told_so(tmp_path):
+    with pytest.raises(InputError, match=r"given\.yaml: name: expected a text, found 2024; put quotes around it\."):
+        loaded(tmp_path, "name: 2024")
+    assert loaded(tmp_path, "name: '2024'").name == "2024"
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_lines(tmp_path):
+    words = r"given\.yaml: line 4: steps stands in this mapping already, at line 2; keep one\."
+    with pytest.raises(InputError, match=words):
+        loaded(tmp_path, "train:\n  steps: 5\n  beta1: 0.8\n  'steps': 6\n")
+    with pytest.raises(InputError, match=r"given\.yaml: line 2: seed stands"):
+        loaded(tmp_path, "seed: 1\nseed: 1\n")
+    with pytest.raises(InputError, match=r"^--set train=\{steps: 1, steps: 2\}: line 1: steps stands"):
+        loaded(tmp_path, "", "train={steps: 1, steps: 2}")
+    # A merge key fills in what is not there; what it brings along is not written twice.
+    cfg = loaded(tmp_path, "train: &t {steps: 50, beta1: 0.8}\nsft: {train: {<<: *t, steps: 7}}\n")
+    assert (cfg.sft.train.steps, cfg.sft.train.beta1) == (7, 0.8)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "---\n", "{}"])
+def test_an_empty_file_is_a_run_of_the_defaults(tmp_path, text):
+    assert loaded(tmp_path, text) == RunConfig(name="given")
+
+
+def test_the_vocabulary_of_a_run_is_its_tokenizers(tmp_path):
+    for text, overrides in (("model: {vocab_size: 99}", []), ("", ["model.vocab_size=99"])):
+        with pytest.raises(InputError, match=r"model\.vocab_size: a run has the vocabulary of its tokenizer"):
+            loaded(tmp_path, text, *overrides)
+    assert loaded(tmp_path, "model: {preset: gpt2}").model.vocab_size == 50257  # the shape's own says nothing wrong
+
+
+def test_a_tokenizer_that_is_on_disk_is_found_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"tokenizer\.name: expected gpt2, cl100k_base, or a directory"):
+        loaded(tmp_path, "", "tokenizer.kind=named", f"tokenizer.name={tmp_path}/empty")
+    (tmp_path / "empty" / "tokenizer.json").write_text("{}")
+    assert loaded(tmp_path, "", "tokenizer.kind=named", f"tokenizer.name={tmp_path}/empty").tokenizer.kind == "named"
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("train.steps", "expected section.field=value"),
@@ -74,7 +133,8 @@ def test_override_of_one_section_leaves_another_that_yaml_shares_with_it(tmp_pat
         ("seed.x=3", "seed is not a section"),
         ("train.steps=ten", "found 'ten'"),
         ("train.learning_rate=nan", "train.learning_rate"),
-        ("train=3", "train"),
+        ("train=3", "train: expected options, as name: value, found 3"),
+        ("gate.bounds=val_loss<=1", "gate.bounds: expected a list, such as [a, b]"),
         ("trane.steps=3", "did you mean train?"),
         ("train..steps=3", "train"),
     ],
@@ -89,8 +149,9 @@ def test_a_bad_override_is_refused_by_name(tmp_path, override, words):
     ("text", "words"),
     [
         (b"train: {steps: 3", "YAML"),
-        (b"- a\n- b\n", "expected a mapping"),
-        (b"just text", "expected a mapping"),
+        (b"- a\n- b\n", "expected a mapping at the top, found a list; write lines such as"),
+        (b"just text", "expected a mapping at the top, found a text"),
+        (b"12", "expected a mapping at the top, found 12"),
         (b"name: caf\xe9\n", "YAML"),  # Latin-1
         (b"seed: [1, 2]\n", "seed"),
         (b"train: {steps: 3, warmup_steps: 3}\n", "warmup_steps=3 must be below steps=3"),
@@ -124,6 +185,10 @@ def test_a_bare_name_finds_a_checked_in_config(tmp_path, monkeypatch):
     (tmp_path / "configs" / "mine.yaml").write_text("seed: 5\n")
     monkeypatch.chdir(tmp_path)
     assert load("mine").seed == 5
+    with pytest.raises(InputError, match=r"^mien: no such configuration file; did you mean mine\?$"):
+        load("mien")
+    with pytest.raises(InputError, match=r"^qickstart: .* did you mean quickstart\?$"):
+        load("qickstart")
 
 
 RECIPES = {"verdict_gpt2"}  # not runs of the pipeline, but published evaluations

@@ -175,7 +175,9 @@ def test_every_kind_of_source(sources: dict[str, tuple[str, ModelConfig]], tiny_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["gtp2"], "gtp2: no such run, stage or directory"),
+        (["gtp2"], "gtp2: no such run, stage or directory; did you mean the preset gpt2?"),
+        (["zzz"], "zzz: no such run, stage or directory; the presets are bigram, nano, "),
+        (["quickstart"], "quickstart: no such run, stage or directory; it is a configuration, whose run is made by"),
         (["gpt2", "--block", "12"], "--block 12: this model has 12 blocks, counted from 0."),
         (["bigram", "--block", "0"], "this model has 0 blocks"),
         (["gpt2", "--batch", "0"], "--batch 0"),
@@ -205,3 +207,14 @@ def test_what_cannot_be_inspected_is_one_sentence(
     assert captured.err.startswith("jaxlm: ")
     assert captured.err.count("\n") == 1
     assert words in captured.err
+
+
+def test_a_slip_that_is_near_a_run_and_a_preset_names_both(tmp_path: Path, capsys: Any) -> None:
+    for run in ("nana", "letters"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+    for command in (["inspect"], ["bench", "decode"]):
+        for name, hint in (("nanu", "did you mean the preset nano or nana?"), ("lettres", "did you mean letters?")):
+            with pytest.raises(SystemExit) as ended:
+                main([*command, name, "--root", str(tmp_path)])
+            assert ended.value.code == 65
+            assert capsys.readouterr().err == f"jaxlm: {name}: no such run, stage or directory; {hint}\n"

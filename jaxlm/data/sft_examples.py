@@ -127,15 +127,17 @@ def encode_examples(
         Token ids and loss masks of the examples that fit, and the counts.
 
     Raises:
-        InputError: as `encode_example`, but for a long prompt only when no example is left.
+        InputError: as `encode_example`, with the example's number, but for a long prompt only when none is left.
     """
     sequences, masks, dropped, truncated = [], [], 0, 0
-    for example in examples:
+    for number, example in enumerate(examples, start=1):
         try:
             ids, mask = encode_example(tokenizer, example.prompt, example.response, template, max_len)
         except _NoRoomError:
             dropped += 1
             continue
+        except InputError as error:
+            raise InputError(f"example {number} ({_shown(example.prompt)}): {error}") from None
         truncated += int(ids[-1]) != tokenizer.eot_id
         sequences.append(ids)
         masks.append(mask)

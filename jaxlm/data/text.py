@@ -140,14 +140,18 @@ def split_text(text: str, val_fraction: float) -> tuple[str, str]:
         (training, validation): the first floor(n (1 - f)) characters, and the rest.
 
     Raises:
-        InputError: one of them would be empty.
+        InputError: one of them would be empty, or white space alone.
     """
     end = _training_share(len(text), val_fraction)
-    if not 0 < end < len(text):
-        raise InputError(
-            f"data.val_fraction={val_fraction} leaves a split empty, of {len(text)} characters; change it."
-        )
-    return text[:end], text[end:]
+    train, val = text[:end], text[end:]
+    for part, name, change in ((train, "training", "lower"), (val, "validation", "raise")):
+        if not part.strip():
+            got = "nothing but white space" if part else "nothing"
+            raise InputError(
+                f"data.val_fraction={val_fraction} leaves a split empty: of {len(text)} characters, {name} got {got}; "
+                f"{change} it, or give more text."
+            )
+    return train, val
 
 
 def split_documents(documents: Sequence[str], val_fraction: float) -> tuple[list[str], list[str]]:

@@ -43,9 +43,6 @@ class KubernetesLauncher:
     restarts = True
 
     def __init__(self, cfg: KubernetesConfig, *, account: Path = _ACCOUNT) -> None:
-        for field in ("image", "volume_claim"):
-            if not getattr(cfg, field):
-                raise InputError(f"launch.kubernetes.{field}: empty, and launch.kind=kubernetes needs it; set it.")
         self._cfg, self._account = cfg, account
         self.poll_seconds = cfg.poll_seconds
         self._tail: Tail | None = None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
 
 
 class Cache(NamedTuple):
@@ -40,12 +41,20 @@ def init_cache(
     Args:
         cfg: the model.
         batch: B.
-        length: S.
+        length: S; with learned positions at most cfg.max_seq_len, since no token can stand beyond them.
         dtype: of keys and values; the compute type when empty.
         stacked: False keeps one array a layer, which decoding updates in place without touching the others, and
             heads before places, so that no step has to turn a layer's whole cache round (5.9 times a layer's time
             at B=8, S=80, D=576 on two cores).
+
+    Raises:
+        InputError: more places than learned positions.
     """
+    if cfg.position == "learned" and cfg.kind == "transformer" and length > cfg.max_seq_len:
+        raise InputError(
+            f"length: a cache of {length} places is longer than the {cfg.max_seq_len} positions that this model has "
+            "learned; ask for fewer."
+        )
     layers, shape = cfg.n_layers, (batch, length, cfg.kv_heads, cfg.d_head)
     dtype = jnp.dtype(dtype or cfg.compute_dtype)
     lengths = jnp.zeros(batch, jnp.int32)

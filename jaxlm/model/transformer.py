@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig, TrainConfig
+from jaxlm.errors import InputError
 from jaxlm.model.attention import cache_mask, training_mask
 from jaxlm.model.blocks import Block, Context, Norm, declared, dropout
-from jaxlm.model.cache import Cache, write_tokens
-from jaxlm.model.positions import rotary_tables, sinusoidal
+from jaxlm.model.cache import Cache
+from jaxlm.model.embed import embed, linked
+from jaxlm.model.positions import rotary_tables
 
 Params = dict[str, Any]
 
@@ -147,7 +149,8 @@ def forward(
         cfg: the model.
         params: from `init`, or prepared for decoding.
         tokens: int32[B, T].
-        positions: int32[B, T]; by default 0 .. T-1, or on from each row's cache length.
+        positions: int32[B, T]; by default 0 .. T-1, or on from each row's cache length. Values are data, so none is
+            checked: with learned positions, one beyond the table reads its last row.
         segment_ids: int32[B, T]; tokens see only their own segment. Not together with a cache.
         cache: keys and values of earlier tokens; T more are written at each row's own length.
         dropout_key: typed key; None turns dropout off.
@@ -157,20 +160,26 @@ def forward(
         tokens a row, or None.
 
     Raises:
-        ValueError: segment_ids together with a cache.
+        InputError: segment_ids together with a cache; more tokens than there are learned positions, where no positions
+            are given. Both are seen in shapes, so under `jit` while it traces.
     """
     if cache is not None and segment_ids is not None:
-        raise ValueError("forward: segment_ids and cache do not go together; decode one document a row.")
+        raise InputError("forward: segment_ids and cache do not go together; decode one document a row.")
     t = tokens.shape[1]
     if cfg.kind == "bigram":
         rows = params["bigram"]["table"][tokens]
         return rows, None if cache is None else cache._replace(length=cache.length + t)
     if positions is None:
+        if cfg.position == "learned" and cache is None and t > (most := params["embed"]["positions"].shape[0]):
+            raise InputError(
+                f"tokens: rows of {t} tokens are longer than the {most} positions that this model has learned; shorten "
+                "them, or pass positions= that start anew."
+            )
         start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
         positions = jnp.broadcast_to(start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :], tokens.shape)
 
     with jax.named_scope("embed"):
-        x, history = _embed(cfg, params, tokens, positions, segment_ids, cache)
+        x, history = embed(cfg, params, tokens, positions, segment_ids, cache)
         x = checkpoint_name(x, "embed")
     layer_keys: list[jax.Array] | None = None
     if dropout_key is not None and cfg.dropout > 0:
@@ -179,8 +188,8 @@ def forward(
 
     mask = training_mask(t, segment_ids) if cache is None else cache_mask(cache.length, t, cache.capacity)
     rotary = rotary_tables(cfg, positions) if cfg.position == "rotary" else None
-    linked = _linked(positions, segment_ids, 1)[0] if cfg.key_offset and cache is None else None
-    ctx = Context(mask, rotary, linked, None if cache is None else cache.length, None)
+    before = linked(positions, segment_ids, 1)[0] if cfg.key_offset and cache is None else None
+    ctx = Context(mask, rotary, before, None if cache is None else cache.length, None)
     x, cache = _blocks(cfg, params["blocks"], x, ctx, cache, layer_keys)
     cache = None if cache is None else cache._replace(tokens=history)
     return normalized(cfg, params, x), cache
@@ -194,70 +203,6 @@ def normalized(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
         norm = Norm(cfg.norm, cfg.norm_eps, cfg.norm_scale, cfg.norm_bias)
         x = cast(jax.Array, norm.apply({"params": params.get("final_norm", {})}, x))
         return checkpoint_name(x, "final_norm")
-
-
-def _embed(
-    cfg: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array | None,
-    cache: Cache | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Embeddings [B, T, D], and the cache's token history with `tokens` written to it."""
-    dtype = jnp.dtype(cfg.compute_dtype)
-    table = params["embed"]["tokens"].astype(dtype)
-    x, history = table[tokens], None
-    if cfg.embed_mix:
-        earlier, history = _earlier(cfg.embed_mix, table, x, tokens, positions, segment_ids, cache)
-        x = x + jnp.einsum("jbtd,jd->btd", earlier, params["embed"]["mix"].astype(dtype))
-    if cfg.embed_scale == "sqrt_d":
-        x = x * jnp.asarray(cfg.d_model**0.5, dtype)
-    if cfg.position == "learned":
-        x = x + params["embed"]["positions"].astype(dtype)[positions]
-    elif cfg.position == "sinusoidal":
-        x = x + sinusoidal(positions, cfg.d_model).astype(dtype)
-    return x, history
-
-
-def _earlier(
-    reach: int,
-    table: jax.Array,
-    x: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array | None,
-    cache: Cache | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Embeddings of the tokens 1 .. reach places back, [reach, B, T, D], zero where there is none; and the history.
-
-    Mixed into the embedding of a place, they make a causal depthwise convolution: each place knows the few tokens
-    before it, so one attention layer can look up "what came after this" where it would take two. Compare So et al.,
-    Primer (arXiv 2109.08668, section 3.2), which convolves queries, keys and values; here decoding needs to remember
-    token ids only. Nothing is mixed across a document's edge: where positions restart, or the segment changes.
-    """
-    t = tokens.shape[1]
-    if cache is None:
-        # Shifting x, not gathering again: the gradient of a gather is a slow scatter.
-        padded = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
-        shifted = jnp.stack([padded[:, reach - j : reach - j + t] for j in range(1, reach + 1)])
-        return jnp.where(_linked(positions, segment_ids, reach)[..., None], shifted, 0), None
-    assert cache.tokens is not None  # init_cache makes it for such a model
-    history = write_tokens(cache.tokens, tokens, cache.length)
-    places = cache.length[:, None] + jnp.arange(t)[None, :]
-    back = jnp.stack([places - j for j in range(1, reach + 1)])
-    ids = history[jnp.arange(tokens.shape[0])[None, :, None], jnp.maximum(back, 0)]
-    return jnp.where((back >= 0)[..., None], table[ids], 0), history
-
-
-def _linked(positions: jax.Array, segment_ids: jax.Array | None, reach: int) -> jax.Array:
-    """bool[reach, B, T]: whether the tokens 1 .. reach places back are there and of the same document."""
-    t = positions.shape[1]
-    linked = jnp.stack([positions >= j for j in range(1, reach + 1)])
-    if segment_ids is None:
-        return linked
-    ids = jnp.pad(segment_ids, ((0, 0), (reach, 0)), mode="edge")
-    return linked & jnp.stack([ids[:, reach - j : reach - j + t] == segment_ids for j in range(1, reach + 1)])
 
 
 def _blocks(
@@ -338,6 +283,6 @@ def apply(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """Next-token logits: int32[B, T] -> float32[B, T, V]. Arguments as in `forward`."""
+    """Next-token logits: int32[B, T] -> float32[B, T, V]. Arguments and errors as in `forward`."""
     hidden, _ = forward(cfg, params, tokens, positions=positions, segment_ids=segment_ids)
     return checkpoint_name(unembed(cfg, params, hidden), "logits")

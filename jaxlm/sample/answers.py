@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.sample import decode as decoding
+from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.decode import State
-from jaxlm.sample.requests import Decodes, Request
+from jaxlm.sample.requests import Request
 
 Reason = Literal["stop", "length", "error"]
 REASONS: dict[int, Reason] = {decoding.STOP: "stop", decoding.LENGTH: "length", decoding.ERROR: "error"}

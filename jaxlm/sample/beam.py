@@ -18,6 +18,7 @@ Source: Wu et al. (arXiv 1609.08144), section 7, with the penalty in the simple 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +32,11 @@ from jax import lax
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Cache, Params, forward, unembed
+from jaxlm.sample import arguments
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
-from jaxlm.sample.requests import Decodes, bucket
+from jaxlm.sample.arguments import Decodes
+from jaxlm.sample.requests import bucket
 
 MAX_SLOTS = 8
 
@@ -168,24 +171,27 @@ def beam_searches(
         InputError: an empty prompt, an id outside the vocabulary, a request longer than the context, or an option out
             of range.
     """
-    n_beams, n_best = asking.check_count("n_beams", n_beams), asking.check_count("n_best", n_best)
+    arguments.check_cfg(cfg)
+    n_beams, n_best = arguments.check_count("n_beams", n_beams), arguments.check_count("n_best", n_best)
     if n_best > n_beams:
         raise InputError(f"n_best: must be at most n_beams={n_beams}, found {n_best}.")
     if n_beams * cfg.vocab_size >= 2**31:
         raise InputError(f"n_beams: {n_beams} beams times {cfg.vocab_size} tokens are too many to rank; use fewer.")
-    if not isinstance(length_penalty, int | float) or not math.isfinite(length_penalty):
-        raise InputError(f"length_penalty: must be a finite number, found {length_penalty!r}.")
+    if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
+        raise InputError(f"length_penalty: must be a finite number, found {arguments.found(length_penalty)}.")
     if not isinstance(early_stopping, bool):
-        raise InputError(f"early_stopping: must be True or False, found {early_stopping!r}.")
-    asking.check_ends(cfg, (), stop_ids, tokenizer)
+        raise InputError(f"early_stopping: must be True or False, found {arguments.found(early_stopping)}.")
+    max_new_tokens = arguments.check_count("max_new_tokens", max_new_tokens)
     requests = asking.check(cfg, prompts, None, max_new_tokens, overflow, can_slide=False)
-    slots = asking.check_slots(slots, len(requests), MAX_SLOTS)
+    arguments.check_tokenizer(tokenizer)
+    _, stop_ids = arguments.check_ends(cfg, (), stop_ids, tokenizer)
+    slots = arguments.check_slots(slots, len(requests), MAX_SLOTS)
 
     ends = sorted(set(stop_ids))
     padded = np.full(1 << max(len(ends) - 1, 0).bit_length(), -1, np.int32)
     padded[: len(ends)] = ends
-    numbers = np.int32(max_new_tokens), np.float32(length_penalty), np.bool_(early_stopping)
-    options = _Options(*jax.device_put((*numbers, padded, np.int32(asking.real_vocab(cfg, tokenizer)))))
+    given = np.int32(max_new_tokens), np.float32(length_penalty), np.bool_(early_stopping)
+    options = _Options(*jax.device_put((*given, padded, np.int32(arguments.real_vocab(cfg, tokenizer)))))
     dparams = decoding.prepare(cfg, params)
     out: dict[int, list[Hypothesis]] = {}
     for group in asking.groups(cfg, requests, slots):
@@ -212,7 +218,8 @@ def _read(found: _Ended, place: int, tokenizer: Decodes | None) -> Hypothesis:
 @partial(jax.jit, static_argnames=("n", "room"))
 def _search(cfg: ModelConfig, params: Params, prompt: jax.Array, options: _Options, *, n: int, room: int) -> _Ended:
     batch = prompt.shape[0]
-    start = decoding.prefill(cfg, params, prompt, capacity=prompt.shape[1] + room, n_new=room)
+    capacity = asking.capacity(cfg, prompt.shape[1], room)
+    start = decoding.prefill(cfg, params, prompt, capacity=capacity, n_new=room)
     none = jnp.full((batch, n), -jnp.inf, jnp.float32)
     tokens = jnp.full((batch, n, room), -1, jnp.int32)
     in_use = start.finished == decoding.RUNNING

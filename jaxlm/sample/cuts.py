@@ -83,11 +83,16 @@ def per_row(logits: jax.Array, *options: ArrayLike) -> Options:
     if not 0 < vocab <= exact.MAX_VOCAB:
         raise InputError(f"logits of shape {logits.shape}: the last axis must hold 1 to {exact.MAX_VOCAB} tokens.")
 
-    def spread(option: ArrayLike, dtype: type) -> ArrayLike:
+    def spread(name: str, option: ArrayLike, dtype: type) -> ArrayLike:
         numpy: Any = jnp if isinstance(option, jax.Array) else np
-        return numpy.broadcast_to(numpy.asarray(option, dtype), logits.shape[:-1]).reshape(-1)
+        try:
+            return numpy.broadcast_to(numpy.asarray(option, dtype), logits.shape[:-1]).reshape(-1)
+        except (TypeError, ValueError):
+            found = f"shape {option.shape}" if hasattr(option, "shape") else f"{option!r:.60}"
+            rows = f" or {logits.shape[:-1]} of them" if logits.ndim > 1 else ""
+            raise InputError(f"{name}: must be a number{rows}, found {found}.") from None
 
-    return Options(*(spread(o, t) for o, t in zip(options, _TYPES, strict=True)))
+    return Options(*(spread(*item) for item in zip(Options._fields, options, _TYPES, strict=True)))
 
 
 def as_rows(logits: jax.Array, option: Options) -> Rows:

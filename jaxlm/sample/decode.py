@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Cache, Params, forward, init_cache, unembed, unstack
-from jaxlm.sample import penalties
+from jaxlm.sample import arguments, penalties
 from jaxlm.sample.sampler import sample_token
 
 RUNNING, STOP, LENGTH, ERROR = range(4)
@@ -89,7 +89,12 @@ def prepare(cfg: ModelConfig, params: Params) -> Params:
     Layers become one dict each: slicing a layer out of stacked weights costs a copy of it at every step (a SmolLM2-135M
     step takes 22 ms this way and 160 ms unrolled over slices on two cores). Matrices, embeddings and the blocks'
     biases take the compute type, which `forward` would cast them to at every step.
+
+    Raises:
+        InputError: `params` are not laid out as a model's weights.
     """
+    arguments.check_cfg(cfg)
+    arguments.check_params(cfg, params)
     dtype = jnp.dtype(cfg.compute_dtype)
 
     def cast(path: tuple[jax.tree_util.DictKey, ...], weight: jax.Array) -> jax.Array:

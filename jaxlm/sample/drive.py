@@ -17,6 +17,7 @@ from jaxlm.model import Cache, Params
 from jaxlm.sample import answers
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
+from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.decode import Requests, State
 
 
@@ -46,7 +47,7 @@ def start(
         ahead: places of the cache beyond the last token, for guesses.
     """
     width, room = asking.width(cfg, group[0]), asking.bucket(max(r.max_new for r in group))
-    capacity = cfg.max_seq_len if group[0].slides else width + room + ahead
+    capacity = cfg.max_seq_len if group[0].slides else asking.capacity(cfg, width, room + ahead)
     asked = asking.pack(group, slots, width, key, stop_ids, n_vocab)
     return asked, decoding.prefill(cfg, params, asked.prompt, capacity=capacity, n_new=room, n_top=n_top)
 
@@ -83,7 +84,7 @@ def finish(
     *,
     slides: bool,
     stops: tuple[str, ...],
-    tokenizer: asking.Decodes | None,
+    tokenizer: Decodes | None,
 ) -> State:
     """Decodes to the end; with stop strings a few tokens at a time, to end rows whose text holds one. Uses up `state`.
 

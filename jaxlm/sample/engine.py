@@ -36,12 +36,13 @@ from jax import lax
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params
-from jaxlm.sample import answers, drive
+from jaxlm.sample import answers, arguments, drive
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.answers import Generation
+from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import Decodes, Overflow
+from jaxlm.sample.requests import Overflow
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Request:
         max_new_tokens: at least 1.
         sampling: its options.
         stop_ids: ids that end the answer.
-        stop: strings that end the answer; `serve` looks for them, with a tokenizer.
+        stop: a string or strings that end the answer; `serve` looks for them, with a tokenizer.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
 
 
 class EngineState(NamedTuple):
@@ -106,7 +107,7 @@ def init(
     slots: int,
     capacity: int,
     n_new: int,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     n_vocab: int | None = None,
     n_top: int = 0,
 ) -> EngineState:
@@ -125,13 +126,14 @@ def init(
     Raises:
         InputError: a size below 1, or a capacity beyond the model's context.
     """
+    arguments.check_cfg(cfg)
     for name, size in (("slots", slots), ("capacity", capacity), ("n_new", n_new)):
-        asking.check_count(name, size)
-    asking.check_count("n_top", n_top, 0, cfg.vocab_size)
+        arguments.check_count(name, size)
+    arguments.check_count("n_top", n_top, 0, cfg.vocab_size)
     if capacity > cfg.max_seq_len and cfg.kind != "bigram":
         raise InputError(f"capacity: must be at most the model's context of {cfg.max_seq_len}, found {capacity}.")
     nobody = asking.Request(0, [0], Sampling(temperature=0), 1)
-    idle = asking.pack([nobody], 1, capacity, asking.check_key(key), (), n_vocab or cfg.vocab_size)
+    idle = asking.pack([nobody], 1, capacity, arguments.check_key(key), (), n_vocab or cfg.vocab_size)
     return _empty(cfg, idle, slots=slots, capacity=capacity, n_new=n_new, n_top=n_top)
 
 
@@ -156,7 +158,7 @@ def insert(
     *,
     index: int = 0,
     sample: int = 0,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     overflow: Overflow = "refuse",
 ) -> EngineState:
     """Prefills a request and puts it into a free slot. Uses up `state`.
@@ -175,12 +177,14 @@ def insert(
     Raises:
         InputError: a slot in use or out of range, or a request that is wrong or too long for the engine.
     """
-    _in_range(state, slot)
+    slot = _in_range(state, slot)
     if bool(state.used[slot]):
         raise InputError(f"slot: {slot} is in use; harvest and free it first, or take another.")
     (row,) = checked(cfg, [request], state.capacity, state.n_new, overflow)
-    row = replace(row, index=index, sample=sample)
-    asked = asking.pack([row], 1, asking.width(cfg, row), asking.check_key(key), tuple(request.stop_ids), 0)
+    row = replace(
+        row, index=arguments.check_count("index", index, 0), sample=arguments.check_count("sample", sample, 0)
+    )
+    asked = asking.pack([row], 1, asking.width(cfg, row), arguments.check_key(key), tuple(request.stop_ids), 0)
     return _insert(cfg, params, _widened(state, asked), np.int32(slot), asked)
 
 
@@ -218,20 +222,24 @@ def slide(cfg: ModelConfig, params: Params, state: EngineState) -> EngineState:
     return state._replace(rows=drive.slide(cfg, params, state.requests, state.rows))
 
 
-def harvest(state: EngineState, slot: int, *, tokenizer: Decodes | None = None, stop: Sequence[str] = ()) -> Generation:
+def harvest(
+    state: EngineState, slot: int, *, tokenizer: Decodes | None = None, stop: str | Sequence[str] = ()
+) -> Generation:
     """The answer in a slot whose request has ended.
 
     Raises:
         InputError: the slot is free, or its request still runs.
     """
-    _in_range(state, slot)
+    slot = _in_range(state, slot)
+    arguments.check_tokenizer(tokenizer)
+    stops = arguments.check_stops(stop, tokenizer)
     if not bool(state.used[slot]):
         raise InputError(f"slot: {slot} holds no request.")
     if int(state.rows.finished[slot]) == decoding.RUNNING:
         raise InputError(f"slot: the request in {slot} still runs; step until it ends.")
     stop_ids = np.asarray(state.requests.stop_ids[slot]).tolist()
     row = answers.arrays(state.rows).row(slot)
-    return answers.read(row, stops=tuple(stop), stop_ids=stop_ids, tokenizer=tokenizer)
+    return answers.read(row, stops=stops, stop_ids=stop_ids, tokenizer=tokenizer)
 
 
 def free(state: EngineState, slot: int) -> EngineState:
@@ -240,7 +248,7 @@ def free(state: EngineState, slot: int) -> EngineState:
     Raises:
         InputError: there is no such slot.
     """
-    _in_range(state, slot)
+    slot = _in_range(state, slot)
     return _free(state, np.int32(slot))
 
 
@@ -253,6 +261,15 @@ def _free(state: EngineState, slot: jax.Array) -> EngineState:
     )
 
 
+def check_request(request: object) -> None:
+    """
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(request, Request):
+        raise InputError(f"requests: expected jaxlm.sample.Request, found {arguments.found(request)} among them.")
+
+
 def checked(
     cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None, overflow: str
 ) -> list[asking.Request]:
@@ -261,6 +278,8 @@ def checked(
     Raises:
         InputError: one is wrong in itself, or too long for a slot of `capacity` tokens, `n_new` of them new.
     """
+    for request in requests:
+        check_request(request)
     wanted = [r.max_new_tokens for r in requests]
     rows = asking.check(cfg, [r.prompt for r in requests], [r.sampling for r in requests], wanted, overflow)
     for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
@@ -276,13 +295,12 @@ def checked(
             )
         if n_new is not None and row.max_new > n_new:
             raise InputError(f"max_new_tokens: {row.max_new} exceeds a slot's room for {n_new} new tokens.")
-        asking.check_ends(cfg, (), request.stop_ids, None)
+        arguments.check_ends(cfg, (), request.stop_ids, None)
     return rows
 
 
-def _in_range(state: EngineState, slot: int) -> None:
-    if not 0 <= slot < state.slots:
-        raise InputError(f"slot: must be 0 to {state.slots - 1}, found {slot}.")
+def _in_range(state: EngineState, slot: int) -> int:
+    return arguments.check_count("slot", slot, 0, state.slots - 1)
 
 
 def _widened(state: EngineState, asked: decoding.Requests) -> EngineState:

@@ -8,12 +8,13 @@ import jax
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Params
-from jaxlm.sample import answers, drive
+from jaxlm.sample import answers, arguments, drive
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.answers import Generation
+from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import Decodes, Overflow
+from jaxlm.sample.requests import Overflow
 
 MAX_SLOTS = 64
 
@@ -28,7 +29,7 @@ def generate(
     n: int = 1,
     stop_ids: Sequence[int] = (),
     stop: str | Sequence[str] = (),
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     tokenizer: Decodes | None = None,
     slots: int | None = None,
     overflow: Overflow = "refuse",
@@ -56,10 +57,10 @@ def generate(
             batch would stand empty otherwise).
         stop_ids: ids that end an answer.
         stop: strings that end an answer, found across token boundaries; they need a tokenizer.
-        key: typed PRNG key. Prompt i draws its token at position p with fold_in(fold_in(key, i), p), or with
-            fold_in(key(seed), p) where `Sampling.seed` is set; positions count from the prompt's first token. Sample j
-            of a prompt folds 2**32 - j into that key first, but for j = 0: more samples change none of those before.
-            By default `jax.random.key(0)`.
+        key: typed PRNG key, or the seed of one; by default `jax.random.key(0)`. Prompt i draws its token at position p
+            with fold_in(fold_in(key, i), p), or with fold_in(key(seed), p) where `Sampling.seed` is set; positions
+            count from the prompt's first token. Sample j of a prompt folds 2**32 - j into that key first, but for
+            j = 0: more samples change none of those before.
         tokenizer: decodes the answers; ids from its vocab_size on are padding of the model's vocabulary and never
             produced.
         slots: rows decoded together; by default a power of two, at most 64, that holds all samples.
@@ -74,18 +75,20 @@ def generate(
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a request longer than the context, lists whose
-            lengths differ, a stop string without a tokenizer or an empty one, a number out of range.
+            lengths differ, a stop string without a tokenizer or an empty one, a number out of range, an argument of
+            another type.
     """
     requests = asking.check(cfg, prompts, sampling, max_new_tokens, overflow, n)
-    stops = asking.check_ends(cfg, stop, stop_ids, tokenizer)
-    slots = asking.check_slots(slots, len(requests), MAX_SLOTS)
-    asking.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
-    key, n_vocab = asking.check_key(key), asking.real_vocab(cfg, tokenizer)
+    arguments.check_tokenizer(tokenizer)
+    stops, stop_ids = arguments.check_ends(cfg, stop, stop_ids, tokenizer)
+    slots = arguments.check_slots(slots, len(requests), MAX_SLOTS)
+    arguments.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
+    key, n_vocab = arguments.check_key(key), arguments.real_vocab(cfg, tokenizer)
     dparams = decoding.prepare(cfg, params)
     running = []
     for group in asking.groups(cfg, requests, slots):
         asked, state = drive.start(
-            cfg, dparams, group, slots=slots, key=key, stop_ids=tuple(stop_ids), n_vocab=n_vocab, n_top=top_log_probs
+            cfg, dparams, group, slots=slots, key=key, stop_ids=stop_ids, n_vocab=n_vocab, n_top=top_log_probs
         )
         state = drive.finish(cfg, dparams, asked, state, slides=group[0].slides, stops=stops, tokenizer=tokenizer)
         running.append((group, answers.arrays(state)))  # not the cache

@@ -74,7 +74,14 @@ class Sampling:
         if self.repetition_penalty == 0:
             raise InputError("sampling.repetition_penalty: must be above 0, found 0; 1 turns it off.")
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        biases = tuple((token, bias) for token, bias in pairs)
+        try:
+            biases = tuple((token, bias) for token, bias in pairs)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"sampling.logit_bias: expected numbers by id, or pairs (id, number), found {self.logit_bias!r:.60}."
+            ) from None
+        if isinstance(self.banned_ids, str) or not hasattr(self.banned_ids, "__iter__"):
+            raise InputError(f"sampling.banned_ids: expected a list of token ids, found {self.banned_ids!r:.60}.")
         object.__setattr__(self, "logit_bias", biases)
         object.__setattr__(self, "banned_ids", tuple(self.banned_ids))
         for token, bias in biases:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
+from jaxlm.sample import arguments
 from jaxlm.sample import decode as decoding
 from jaxlm.sample.options import Sampling
 
 SMALLEST_BUCKET = 16
 Overflow = Literal["refuse", "crop", "slide"]
-
-
-class Decodes(Protocol):
-    """What `generate` needs of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +50,14 @@ def width(cfg: ModelConfig, request: Request) -> int:
     return min(bucket(len(request.prompt)), cfg.max_seq_len)
 
 
+def capacity(cfg: ModelConfig, width: int, room: int) -> int:
+    """Places of a cache for prompts of `width` and `room` more tokens: none beyond the context, where no token goes.
+
+    What is guessed past the end of an answer is dropped when it is written, and never looked at.
+    """
+    return min(width + room, cfg.max_seq_len)
+
+
 def kept(cfg: ModelConfig) -> int:
     """Tokens that a sliding window goes on with when it is full: half of the context."""
     return max(cfg.max_seq_len // 2, 1)
@@ -86,20 +85,17 @@ def check(
     if overflow not in ways:
         only = "" if can_slide or overflow != "slide" else "; only generate, stream and serve can slide"
         raise InputError(f"overflow: must be {', '.join(ways[:-1])} or {ways[-1]}, found {overflow!r}{only}.")
-    check_count("n", n)
-    each = len(prompts)
-    options = [sampling or Sampling()] * each if sampling is None or isinstance(sampling, Sampling) else list(sampling)
-    wanted = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * each
+    rows = arguments.check_prompts(cfg, prompts)
+    n, each = arguments.check_count("n", n), len(rows)
+    options, wanted = arguments.check_sampling(sampling, each), arguments.check_lengths(max_new_tokens, each)
     for name, given in (("sampling", options), ("max_new_tokens", wanted)):
         if len(given) != each:
             raise InputError(f"{name}: {len(given)} given for {each} prompts; give one, or one for each.")
     out = []
-    for i, (prompt, option, max_new) in enumerate(zip(prompts, options, wanted, strict=True)):
-        ids = _ids(cfg, i, prompt)
+    for i, (ids, option, max_new) in enumerate(zip(rows, options, wanted, strict=True)):
         for token in option.edits:
             if token >= cfg.vocab_size:
                 raise InputError(f"sampling {i}: id {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
-        check_count("max_new_tokens", max_new)
         too_long = len(ids) + max_new > cfg.max_seq_len
         if too_long and (overflow == "refuse" or (overflow == "crop" and max_new >= cfg.max_seq_len)):
             slide = ", or 'slide' to go on with the last tokens when the context is full" if can_slide else ""
@@ -112,89 +108,8 @@ def check(
         elif len(ids) > cfg.max_seq_len:
             ids = ids[-kept(cfg) :]
         slides = len(ids) + max_new > cfg.max_seq_len
-        out += [Request(i, ids, option, int(max_new), sample, slides) for sample in range(n)]
+        out += [Request(i, ids, option, max_new, sample, slides) for sample in range(n)]
     return out
-
-
-def _ids(cfg: ModelConfig, i: int, prompt: Sequence[int]) -> list[int]:
-    if isinstance(prompt, str):
-        raise InputError(f"prompt {i}: expected token ids, found text; encode it with the tokenizer first.")
-    try:
-        ids = [operator.index(token) for token in prompt]
-    except TypeError as error:
-        raise InputError(f"prompt {i}: expected a list of token ids, found {prompt!r:.60}.") from error
-    if not ids:
-        raise InputError(f"prompt {i}: is empty; give it at least one token, such as the end-of-text id.")
-    for token in ids:
-        if not 0 <= token < cfg.vocab_size:
-            raise InputError(f"prompt {i}: id {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
-    return ids
-
-
-def check_ends(
-    cfg: ModelConfig, stop: str | Sequence[str], stop_ids: Sequence[int], tokenizer: Decodes | None
-) -> tuple[str, ...]:
-    """The stop strings.
-
-    Raises:
-        InputError: a stop string that is empty or has no tokenizer, or a stop id outside the vocabulary.
-    """
-    for token in stop_ids:
-        if not 0 <= token < cfg.vocab_size:
-            raise InputError(f"stop_ids: {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
-    return check_stops(stop, tokenizer)
-
-
-def check_stops(stop: str | Sequence[str], tokenizer: Decodes | None) -> tuple[str, ...]:
-    """The stop strings.
-
-    Raises:
-        InputError: one is empty, or there is no tokenizer to look for them with.
-    """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise InputError("stop: a stop string is empty; remove it.")
-    if stops and tokenizer is None:
-        raise InputError("stop: stop strings need a tokenizer; pass tokenizer=, or stop_ids= instead.")
-    return stops
-
-
-def check_count(name: str, value: int, least: int = 1, most: int | None = None) -> int:
-    """`value` as an int.
-
-    Raises:
-        InputError: it is no integer, or out of range.
-    """
-    try:
-        count = operator.index(value)
-    except TypeError as error:
-        raise InputError(f"{name}: must be an integer, found {value!r}.") from error
-    if count < least or (most is not None and count > most):
-        expected = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise InputError(f"{name}: must be {expected}, found {value}.")
-    return count
-
-
-def check_slots(slots: int | None, requests: int, most: int) -> int:
-    """Rows that decode together: by default the power of two, at most `most`, that holds all `requests`."""
-    return check_count("slots", min(most, 1 << max(requests - 1, 0).bit_length()) if slots is None else slots)
-
-
-def real_vocab(cfg: ModelConfig, tokenizer: Decodes | None) -> int:
-    """Ids from here on are padding of the vocabulary, never produced."""
-    return cfg.vocab_size if tokenizer is None else min(cfg.vocab_size, tokenizer.vocab_size)
-
-
-def check_key(key: jax.Array | None) -> jax.Array:
-    """The call's key; `jax.random.key(0)` for None.
-
-    Raises:
-        InputError: it is not one typed key.
-    """
-    key = jax.random.key(0) if key is None else key
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        raise InputError(f"key: expected one typed key (jax.random.key), found {key.dtype} of shape {key.shape}.")
-    return key
 
 
 def groups(cfg: ModelConfig, requests: list[Request], slots: int) -> list[list[Request]]:

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxlm.errors import InputError
 from jaxlm.sample import cuts, exact
+from jaxlm.sample.arguments import found
 from jaxlm.sample.cuts import Options, Rows, Window
 
 
@@ -48,10 +49,11 @@ def sample_token(
         InputError: a vocabulary outside 1 .. 524,288, or keys that do not match the rows.
     """
     logits = jnp.asarray(logits)
-    if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != logits.shape[:-1]:
+    dtype, shape = getattr(keys, "dtype", None), getattr(keys, "shape", ())
+    if dtype is None or not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or shape != logits.shape[:-1]:
         raise InputError(
             f"keys: expected typed keys of shape {logits.shape[:-1]} (jax.random.key), one for each row of logits, "
-            f"found {keys.dtype} of shape {keys.shape}."
+            f"found {found(keys) if dtype is None else f'{dtype} of shape {shape}'}."
         )
     option = cuts.per_row(logits, temperature, top_k, top_p, min_p, typical_p)
     return _sample(keys, logits, option, cuts.width(logits.shape[-1], window))

@@ -13,12 +13,13 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params
-from jaxlm.sample import answers, engine
+from jaxlm.sample import answers, arguments, engine
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.answers import Generation
+from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.engine import EngineState, Request
-from jaxlm.sample.requests import Decodes, Overflow, bucket
+from jaxlm.sample.requests import Overflow, bucket
 
 
 def serve(
@@ -30,7 +31,7 @@ def serve(
     capacity: int | None = None,
     n_new: int | None = None,
     n: int = 1,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     tokenizer: Decodes | None = None,
     overflow: Overflow = "refuse",
     top_log_probs: int = 0,
@@ -62,6 +63,14 @@ def serve(
         InputError: something wrong with a request or a size. A wrong request from an iterator is reported after those
             before it have been answered.
     """
+    arguments.check_cfg(cfg)
+    arguments.check_tokenizer(tokenizer)
+    for name, size in (("slots", slots), ("capacity", capacity), ("n_new", n_new), ("steps", steps), ("n", n)):
+        if size is not None:
+            arguments.check_count(name, size)
+    if not isinstance(requests, Iterable):
+        found = arguments.found(requests)
+        raise InputError(f"requests: expected a list or an iterator of jaxlm.sample.Request, found {found}.")
     if isinstance(requests, Sequence):
         rows = engine.checked(cfg, requests, capacity, n_new, overflow)
         n_new = n_new or bucket(max((r.max_new for r in rows), default=1))
@@ -70,20 +79,18 @@ def serve(
             needed = cfg.max_seq_len
         capacity = capacity or (needed if cfg.kind == "bigram" else min(needed, cfg.max_seq_len))
         for request in requests:
-            asking.check_stops(request.stop, tokenizer)
+            arguments.check_stops(request.stop, tokenizer)
     elif capacity is None:
         raise InputError(
             "capacity: say how many tokens a slot holds, since requests from an iterator are not yet known."
         )
-    for name, count in (("steps", steps), ("n", n)):
-        asking.check_count(name, count)
-    asking.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
+    arguments.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
     params = decoding.prepare(cfg, params)
     state = engine.init(
         cfg, params, slots=slots, capacity=capacity, n_new=n_new or max(capacity // 2, 1), key=key,
-        n_vocab=asking.real_vocab(cfg, tokenizer), n_top=top_log_probs,
+        n_vocab=arguments.real_vocab(cfg, tokenizer), n_top=top_log_probs,
     )  # fmt: skip
-    insert = partial(engine.insert, cfg, params, key=asking.check_key(key), overflow=overflow)
+    insert = partial(engine.insert, cfg, params, key=arguments.check_key(key), overflow=overflow)
 
     def advance(state: EngineState) -> EngineState:
         return engine.step(cfg, params, engine.slide(cfg, params, state) if overflow == "slide" else state, steps)
@@ -108,26 +115,27 @@ def _serving(
     advance: Callable[[EngineState], EngineState],
     tokenizer: Decodes | None,
 ) -> Iterator[tuple[int, Generation]]:
-    held: dict[int, _Waiting] = {}  # by slot
+    held: dict[int, tuple[_Waiting, tuple[str, ...]]] = {}  # by slot, with its stop strings
     empty, wrong = deque(range(state.slots)), None
     while True:
         while empty and wrong is None and (item := next(queue, None)) is not None:
             try:
-                asking.check_stops(item.request.stop, tokenizer)
+                engine.check_request(item.request)
+                ends = arguments.check_stops(item.request.stop, tokenizer)
                 state = insert(state, empty[0], item.request, index=item.number, sample=item.sample)
-                held[empty.popleft()] = item
+                held[empty.popleft()] = item, ends
             except InputError as error:
                 wrong = InputError(f"request {item.number}: {error}")
         if not held:
             break
         state = advance(state)
-        stops = [held[slot].request.stop if slot in held else () for slot in range(state.slots)]
+        stops = [held[slot][1] if slot in held else () for slot in range(state.slots)]
         if tokenizer is not None and any(stops):
             state = state._replace(rows=answers.end_at_stops(state.rows, stops, tokenizer))
         finished = np.asarray(state.rows.finished)
         for slot in [slot for slot in held if finished[slot] != decoding.RUNNING]:
-            done = held.pop(slot)
-            answer = engine.harvest(state, slot, tokenizer=tokenizer, stop=done.request.stop)
+            done, ends = held.pop(slot)
+            answer = engine.harvest(state, slot, tokenizer=tokenizer, stop=ends)
             state = engine.free(state, slot)
             empty.append(slot)
             yield done.place, answer

@@ -32,14 +32,15 @@ from jax import lax
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Cache, Params, forward, unembed
-from jaxlm.sample import answers, drive, guess
+from jaxlm.sample import answers, arguments, drive, guess
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.answers import Generation
+from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.decode import Requests, State
 from jaxlm.sample.filters import filter_logits
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import Decodes, bucket
+from jaxlm.sample.requests import bucket
 from jaxlm.sample.sampler import draw_kept, sample_token
 
 
@@ -97,7 +98,7 @@ def speculate(
     n: int = 1,
     stop_ids: Sequence[int] = (),
     stop: str | Sequence[str] = (),
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     tokenizer: Decodes | None = None,
     slots: int = 1,
     overflow: Literal["refuse", "crop"] = "refuse",
@@ -132,12 +133,18 @@ def speculate(
     """
     requests = asking.check(cfg, prompts, sampling, max_new_tokens, overflow, n, can_slide=False)
     for name, value in (("n_draft", n_draft), ("max_ngram", max_ngram), ("slots", slots)):
-        asking.check_count(name, value)
-    asking.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
-    stops = asking.check_ends(cfg, stop, stop_ids, tokenizer)
+        arguments.check_count(name, value)
+    arguments.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
+    arguments.check_tokenizer(tokenizer)
+    stops, stop_ids = arguments.check_ends(cfg, stop, stop_ids, tokenizer)
     draft_cfg, draft_params = None, None
     if draft is not None:
+        if not isinstance(draft, tuple | list) or len(draft) != 2:
+            raise InputError(
+                f"draft: expected the pair (cfg, params) of a smaller model, found {arguments.found(draft)}."
+            )
         draft_cfg, draft_params = draft
+        arguments.check_cfg(draft_cfg, "draft[0]")
         if draft_cfg.vocab_size != cfg.vocab_size:
             raise InputError(
                 f"draft: its vocabulary of {draft_cfg.vocab_size} tokens is not the model's of {cfg.vocab_size}; take "
@@ -149,8 +156,8 @@ def speculate(
         draft_params = decoding.prepare(draft_cfg, draft_params)
     dparams = decoding.prepare(cfg, params)
     begin = partial(
-        drive.start, slots=slots, key=asking.check_key(key), stop_ids=tuple(stop_ids),
-        n_vocab=asking.real_vocab(cfg, tokenizer), ahead=bucket(n_draft + 1),  # guesses may reach beyond the end
+        drive.start, slots=slots, key=arguments.check_key(key), stop_ids=stop_ids,
+        n_vocab=arguments.real_vocab(cfg, tokenizer), ahead=bucket(n_draft + 1),  # guesses may reach beyond the end
     )  # fmt: skip
     decode = partial(_decode, cfg, dparams, draft_cfg, draft_params, n_draft=n_draft, max_ngram=max_ngram)
 

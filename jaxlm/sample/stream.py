@@ -10,12 +10,13 @@ import jax
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Params
-from jaxlm.sample import answers, drive
+from jaxlm.sample import answers, arguments, drive
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.answers import Arrays, Reason
+from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import Decodes, Overflow
+from jaxlm.sample.requests import Overflow
 
 _STRIDE = 4  # tokens between two looks at the device, after the first
 
@@ -58,7 +59,7 @@ def stream(
     max_new_tokens: int,
     stop_ids: Sequence[int] = (),
     stop: str | Sequence[str] = (),
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     tokenizer: Streams | None = None,
     overflow: Overflow = "refuse",
     top_log_probs: int = 0,
@@ -89,10 +90,12 @@ def stream(
         InputError: as `generate`; at the call, before the first piece is asked for.
     """
     (request,) = asking.check(cfg, [prompt], sampling, max_new_tokens, overflow)
-    stops = asking.check_ends(cfg, stop, stop_ids, tokenizer)
-    asking.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
-    key, n_vocab = asking.check_key(key), asking.real_vocab(cfg, tokenizer)
-    asked = {"key": key, "stop_ids": tuple(stop_ids), "n_vocab": n_vocab, "n_top": top_log_probs}
+    arguments.check_tokenizer(tokenizer, "pieces")
+    stops, stop_ids = arguments.check_ends(cfg, stop, stop_ids, tokenizer)
+    arguments.check_count("top_log_probs", top_log_probs, 0, cfg.vocab_size)
+    key, n_vocab = arguments.check_key(key), arguments.real_vocab(cfg, tokenizer)
+    asked = {"key": key, "stop_ids": stop_ids, "n_vocab": n_vocab, "n_top": top_log_probs}
+    arguments.check_params(cfg, params)
     return _pieces(_Answer(cfg, params, request, asked), stops, tokenizer)
 
 

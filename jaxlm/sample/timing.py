@@ -208,7 +208,7 @@ class _Run:
         self.batch, self.length, self.width, self.n = batch, length, asking.width(cfg, group[0]), new_tokens
         room = asking.bucket(new_tokens)
         self.asked = asking.pack(group, batch, self.width, jax.random.key(0), (), cfg.vocab_size)
-        shapes = {"capacity": self.width + room, "n_new": room}
+        shapes = {"capacity": asking.capacity(cfg, self.width, room), "n_new": room}
         prefill, self.prefill_compile_s = _compile(decoding.prefill, cfg, params, self.asked.prompt, **shapes)
         self._prefill = partial(prefill, cfg, params, self.asked.prompt)
         state, held = self._prefill(), self._prefill()  # decoding uses up the one

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jaxlm._lock import dir_lock
 from jaxlm._sealed import read_sealed, write_sealed
 from jaxlm.config import RunConfig
 from jaxlm.errors import InputError
@@ -33,7 +34,12 @@ def record(cfg: RunConfig, config_name: str, manifest: Manifest) -> Path:
         The run's directory.
     """
     folder = directory(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
+    with dir_lock(folder, wait=True):  # two processes of one run may have done a stage each, and neither may be lost
+        _record(cfg, config_name, manifest, folder)
+    return folder
+
+
+def _record(cfg: RunConfig, config_name: str, manifest: Manifest, folder: Path) -> None:
     config = cfg.model_dump(mode="json")
     stages: dict[str, str] = {}
     with suppress(InputError):
@@ -55,7 +61,6 @@ def record(cfg: RunConfig, config_name: str, manifest: Manifest) -> Path:
             # report.md names its pictures by this folder, so it must be found beside the copy too.
             if (manifest.directory / FIGURES).is_dir():
                 _link(folder / FIGURES, os.path.join(stages[manifest.stage], FIGURES))
-    return folder
 
 
 def stages_of(run: Path) -> dict[str, Path]:

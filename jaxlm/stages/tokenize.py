@@ -22,7 +22,7 @@ from jaxlm.errors import InputError
 from jaxlm.stages import pieces, process
 from jaxlm.stages.download import read_split, vocabulary_texts
 from jaxlm.stages.spec import Manifest, Spec
-from jaxlm.tokenizers import Tokenizer
+from jaxlm.tokenizers import Tokenizer, UnknownTextError
 
 PARALLEL_FROM = 20_000_000  # characters; below, starting workers costs more than it saves
 _PIECE = 1_000_000  # characters handed to a worker at a time
@@ -41,7 +41,14 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     common: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": tokenizer.fingerprint}
     indexes, tokens = {}, {}
     for name, documents in texts.items():
-        ids = encode_all(tokenizer, documents, label=name, done=pieces.saved_ids(spec.directory, name, documents))
+        done = pieces.saved_ids(spec.directory, name, documents)
+        try:
+            ids = encode_all(tokenizer, documents, label=name, done=done)
+        except UnknownTextError as error:
+            option = f"name={cfg.name}" if cfg.kind == "named" else "unk=false"
+            whole = str(inputs["download"].results["splits"][name]["file"]).endswith(".txt")
+            where = _place(data, texts, name, error, whole=whole)
+            raise InputError(f"tokenizer.{option}: {where}: {error}") from None
         tokens[name] = sum(map(len, ids))
         if data.pack == "documents":
             if tokenizer.eot_id is None:
@@ -76,6 +83,9 @@ def encode_all(
         documents: the texts.
         label: for the progress bar.
         done: index of a document -> the ids of it and of those after it, encoded beforehand (`jaxlm.stages.pieces`).
+
+    Raises:
+        UnknownTextError: a document holds what the tokenizer cannot express; says which.
     """
     out: list[np.ndarray | None] = [None] * len(documents)
     for start, encoded in (done or {}).items():
@@ -83,13 +93,18 @@ def encode_all(
     missing = [index for index, ids in enumerate(out) if ids is None]
     texts_left = [documents[index] for index in missing]
     total = sum(map(len, texts_left))
-    places = iter(missing)
+    count = 0
     with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
         task = bar.add_task(f"tokenize {label}", total=total)
-        for texts, batch in _encoded_batches(tokenizer, texts_left, total):
-            for ids in batch:
-                out[next(places)] = ids
-            bar.advance(task, sum(map(len, texts)))
+        try:
+            for texts, batch in _encoded_batches(tokenizer, texts_left, total):
+                for ids in batch:
+                    out[missing[count]] = ids
+                    count += 1
+                bar.advance(task, sum(map(len, texts)))
+        except UnknownTextError as error:
+            error.document = missing[count + error.document]
+            raise
     return [ids for ids in out if ids is not None]
 
 
@@ -120,7 +135,28 @@ def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    return [np.asarray(tokenizer.encode(text), np.int32) for text in texts]
+    out: list[np.ndarray] = []
+    for text in texts:
+        try:
+            out.append(np.asarray(tokenizer.encode(text), np.int32))
+        except UnknownTextError as error:
+            error.document = len(out)
+            raise
+    return out
+
+
+def _place(
+    data: DataConfig, texts: Mapping[str, Sequence[str]], split: str, error: UnknownTextError, *, whole: bool
+) -> str:
+    """Where in what the user named: of one text cut in two (`whole`) the line, else the document and its line."""
+    field = "source" if data.source != "file" else "url" if data.path is None else "path"
+    before = texts["train"] if split == "val" else []
+    line = texts[split][error.document].count("\n", 0, error.offset) + 1
+    if whole:
+        where = f"line {line + sum(text.count(chr(10)) for text in before)} of the text"
+    else:
+        where = f"document {len(before) + error.document + 1}, line {line} of it"
+    return f"data.{field}={getattr(data, field)}, {where} ({split} split)"
 
 
 def _joined(documents: Sequence[np.ndarray], eot_id: int | None) -> np.ndarray:

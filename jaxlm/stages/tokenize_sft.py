@@ -7,8 +7,9 @@ evaluation asks, one `{type, prompt, answer, ...}` a line; none of them, nor the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ import numpy as np
 from jaxlm import tokenizers
 from jaxlm._memory import cores
 from jaxlm.config import DataConfig, SftConfig
-from jaxlm.data import Example, encode_examples, fetch, load_examples, pack_examples, source, storyworld, write_rows
+from jaxlm.data import (
+    Example,
+    encode_examples,
+    encode_prompt,
+    fetch,
+    load_examples,
+    pack_examples,
+    source,
+    storyworld,
+    write_rows,
+)
 from jaxlm.errors import InputError
 from jaxlm.stages import process
 from jaxlm.stages.runner import say
@@ -39,7 +50,8 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     seq_len = sft.seq_len or data.seq_len
     results: dict[str, Any] = {"indexes": {}, "examples": {}, "dropped": {}, "unknown": {}}
     for name, examples in pairs.items():
-        sequences, masks, stats = encode_examples(tokenizer, examples, sft.template, seq_len)
+        with _named(sft, name):
+            sequences, masks, stats = encode_examples(tokenizer, examples, sft.template, seq_len)
         if stats.n_dropped:
             say(
                 f"{name}: {stats.n_dropped} of {stats.n_examples} examples left out, "
@@ -60,9 +72,22 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         )
         results["examples"][name], results["dropped"][name] = stats.n_examples, stats.n_dropped
         results["unknown"][name] = unknown
+    with _named(sft, "test"):  # now, and not when training is over
+        for record in test:
+            encode_prompt(tokenizer, record["prompt"], sft.template)
     with open(spec.directory / "test.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in test)
     return results | {"test": len(test)}
+
+
+@contextmanager
+def _named(sft: SftConfig, split: str) -> Iterator[None]:
+    """Puts in front of what is wrong with an example where it comes from."""
+    try:
+        yield
+    except InputError as error:
+        where = f"source={sft.source}" if sft.path is None else f"path={sft.path}"
+        raise InputError(f"sft.{where}, {split} split: {error}") from None
 
 
 def _story_questions(world: str, seed: int, n: int) -> tuple[dict[str, list[Example]], list[dict[str, Any]]]:

@@ -12,21 +12,26 @@ from jaxlm.stages import provenance, runs, store
 
 
 def verify_place(place: Path) -> list[str]:
-    """Reads every file of a run, or of one stage, and names each that is damaged, missing or foreign.
+    """Reads every file of a run, of one stage, or of an imported model, and names each that is damaged or missing.
 
     Args:
         place: as `runs.resolve` finds it.
 
     Returns:
-        One sentence for each; empty when all is whole.
+        One sentence for each, and for each foreign file of a run or a stage; empty when all is whole.
 
     Raises:
-        InputError: there is neither a run nor a stage.
+        InputError: there is none of them.
     """
+    if is_imported(place):
+        return verify_imported(place)
     if not (place / "run.json").exists():
         if not (place / "manifest.json").exists() and not (place / "spec.json").exists():
             missing = "run.json" if place.resolve().parent.name == "runs" else "manifest.json"
-            raise InputError(f"{place}: neither a run nor a stage, it has no {missing}; name one of those.")
+            raise InputError(
+                f"{place}: neither a run nor a stage, it has no {missing}; name one of those, or a directory made by "
+                "jaxlm import-hf."
+            )
         return verify_stage(place)
     try:
         notes = read_sealed(place / "run.json", hint="run the command of this run again, which writes it anew")
@@ -42,6 +47,34 @@ def verify_place(place: Path) -> list[str]:
         if link.exists() and link.resolve() != directory:
             problems.append(f"{link}: points at {link.resolve()}, and run.json says {directory}.")
     return problems + _copies(place, stages.get("evaluate"))
+
+
+def is_imported(place: Path) -> bool:
+    """Whether it is a model's directory as `jaxlm import-hf` makes it: no run's, and no stage's in a store."""
+    notes = any((place / name).exists() for name in ("run.json", "spec.json", "manifest.json"))
+    in_store = place.resolve().parent.name == "store"
+    return not notes and not in_store and bool(step_folders(place / "checkpoints"))
+
+
+def verify_imported(directory: Path) -> list[str]:
+    """Compares every file of an imported model with the digest that its checkpoint notes.
+
+    Returns:
+        One sentence for each file that is damaged or missing.
+    """
+    problems = []
+    for step, folder in sorted(step_folders(directory / "checkpoints").items()):
+        saved = check(folder, step)
+        if isinstance(saved, list):
+            problems += [f"{folder / damage.file}: {damage.problem}." for damage in saved]
+            continue
+        for name, digest in saved.meta.get("files", {}).items():
+            file = directory / name
+            if not file.is_file():
+                problems.append(f"{file}: missing.")
+            elif digest_file(file)[1] != digest:
+                problems.append(f"{file}: is not the one that was imported.")
+    return problems
 
 
 def verify_stage(directory: Path) -> list[str]:

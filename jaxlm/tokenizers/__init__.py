@@ -1,6 +1,6 @@
 """Text to token ids and back: characters, words, byte-level BPE, and the published encodings. Loads no jax."""
 
-from jaxlm.tokenizers.base import EOT, PAD, UNK, Tokenizer, stream_text
+from jaxlm.tokenizers.base import EOT, PAD, UNK, Tokenizer, UnknownTextError, stream_text
 from jaxlm.tokenizers.bpe import BytePairTokenizer, bpe
 from jaxlm.tokenizers.build import build
 from jaxlm.tokenizers.char import CharTokenizer, char
@@ -18,6 +18,7 @@ __all__ = [
     "HFTokenizer",
     "NamedTokenizer",
     "Tokenizer",
+    "UnknownTextError",
     "WordTokenizer",
     "bpe",
     "build",

@@ -90,6 +90,19 @@ class Tokenizer(Protocol):
         ...
 
 
+class UnknownTextError(InputError):
+    """The text holds something that the vocabulary lacks, and there is no `[UNK]`.
+
+    Attributes:
+        offset: where, in characters from the start of the text.
+        document: which text, for who encodes several.
+    """
+
+    def __init__(self, sentence: str, offset: int = 0) -> None:
+        super().__init__(sentence)
+        self.offset, self.document = offset, 0
+
+
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text to show while `ids` are still being generated: never an empty string, never a part of a character.
 

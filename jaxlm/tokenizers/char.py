@@ -9,7 +9,7 @@ from itertools import repeat
 from pathlib import Path
 
 from jaxlm.errors import InputError
-from jaxlm.tokenizers.base import EOT, PAD, UNK, fingerprint_of, outside, write
+from jaxlm.tokenizers.base import EOT, PAD, UNK, UnknownTextError, fingerprint_of, outside, write
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,10 @@ class CharTokenizer:
             return list(map(self._ids.__getitem__, text))
         except KeyError:
             offset, character = next((i, c) for i, c in enumerate(text) if c not in self._ids)
-            raise InputError(
+            raise UnknownTextError(
                 f"character {character!r} (U+{ord(character):04X}) at offset {offset} is not among the tokenizer's "
-                f"{len(self.alphabet)} characters; remove it from the text or use a tokenizer with [UNK]."
+                f"{len(self.alphabet)} characters; remove it from the text or use a tokenizer with [UNK].",
+                offset,
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -70,6 +70,12 @@ def load(name_or_path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def is_there(name: str) -> bool:
+    """Whether `load` finds something of that name. Reads no file."""
+    path = Path(name)
+    return name in PUBLISHED or path.is_file() or any((path / file).is_file() for file in (FILE_NAME, JSON))
+
+
 def _read(path: Path) -> dict[str, Any]:
     content = read_json(path, hint="save the tokenizer again")
     if not isinstance(content.get("kind"), str):

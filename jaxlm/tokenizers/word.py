@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.errors import InputError
-from jaxlm.tokenizers.base import EOT, PAD, UNK, fingerprint_of, outside, write
+from jaxlm.tokenizers.base import EOT, PAD, UNK, UnknownTextError, fingerprint_of, outside, write
 
 Split = Literal["whitespace", "punctuation"]
 
@@ -95,9 +95,10 @@ class WordTokenizer:
             word = str(error.args[0])
             matches = _PATTERNS[self.split].finditer(text.lower() if self.lower else text)
             offset = next(match.start() for match in matches if match[0] == word)
-            raise InputError(
+            raise UnknownTextError(
                 f"word {word!r} at offset {offset} is not among the tokenizer's {len(self.words)} words; "
-                "remove it from the text or use a tokenizer with [UNK]."
+                "remove it from the text or use a tokenizer with [UNK].",
+                offset,
             ) from None
 
     def find(self, text: str) -> list[str]:

@@ -132,10 +132,20 @@ def test_split_text(length: int, fraction: float, train: int) -> None:
     assert first + second == text
 
 
-@pytest.mark.parametrize(("length", "fraction"), [(1, 0.5), (9, 0.999), (0, 0.1), (5, 0.0)])
-def test_a_split_must_not_be_empty(length: int, fraction: float) -> None:
-    with pytest.raises(InputError, match="leaves a split empty"):
-        split_text("x" * length, fraction)
+@pytest.mark.parametrize(
+    ("text", "fraction", "words"),
+    [
+        ("x", 0.5, "of 1 characters, training got nothing; lower it"),
+        ("x" * 9, 0.999, "of 9 characters, training got nothing; lower it"),
+        ("", 0.1, "training got nothing"),
+        ("x" * 5, 0.0, "validation got nothing; raise it"),
+        ("xxxxxxx \n", 0.2, "validation got nothing but white space; raise it"),
+        (" \nxxxxxxxx", 0.8, "training got nothing but white space; lower it"),
+    ],
+)
+def test_a_split_must_not_be_empty(text: str, fraction: float, words: str) -> None:
+    with pytest.raises(InputError, match=f"^data.val_fraction={fraction} leaves a split empty: .*{words}"):
+        split_text(text, fraction)
 
 
 def test_documents_are_split_whole(tmp_path: Path) -> None:

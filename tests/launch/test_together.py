@@ -32,7 +32,13 @@ def pretraining(letters_run, tmp_path, monkeypatch):
     def make(processes, *overrides):
         root = tmp_path / f"with-{processes}"
         shutil.copytree(letters_run.root / "store", root / "store", copy_function=shutil.copy2, dirs_exist_ok=True)
-        settings = [f"train.steps={STEPS}", f"train.batch_size={BATCH}", "train.eval_every=9", *overrides]
+        settings = [
+            "launcher=process",
+            f"train.steps={STEPS}",
+            f"train.batch_size={BATCH}",
+            "train.eval_every=9",
+            *overrides,
+        ]
         cfg = load(letters_run.config, settings).replace(root=str(root), launch=LaunchConfig(processes=processes))
         return plan(cfg, modules={"pretrain": "counting_pretrain"})[2], cfg.launch
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import model
+from jaxlm.errors import InputError
 
 QUICK_COMPILE = True
 
@@ -192,6 +193,24 @@ def test_segments_and_a_cache_do_not_go_together(models, weights, tokens):
     cfg = models["nano"]
     with pytest.raises(ValueError, match="segment_ids and cache"):
         model.forward(cfg, weights(cfg), tokens, segment_ids=tokens, cache=model.init_cache(cfg, 3, 9))
+
+
+def test_no_token_stands_beyond_the_learned_positions(models, weights):
+    """Seen in shapes: so without computing anything, and inside `jit` too."""
+    cfg = models["gpt2"].replace(max_seq_len=6)
+    params = weights(cfg)
+    shape = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+    with pytest.raises(InputError, match=r"^tokens: rows of 7 tokens are longer than the 6 positions .* learned"):
+        jax.eval_shape(jax.jit(model.apply), cfg, params, shape)
+    assert jax.eval_shape(model.apply, cfg, params, jax.ShapeDtypeStruct((2, 6), jnp.int32)).shape == (2, 6, 13)
+    packed = jax.eval_shape(lambda x, at: model.apply(cfg, params, x, positions=at), shape, shape)
+    assert packed.shape == (2, 7, 13)  # positions that start anew within a row
+    with pytest.raises(InputError, match=r"^length: a cache of 7 places is longer than the 6 positions"):
+        model.init_cache(cfg, 2, 7)
+    assert model.init_cache(cfg, 2, 6).capacity == 6
+    rotary = models["llama"].replace(max_seq_len=6)
+    assert jax.eval_shape(model.apply, rotary, weights(rotary), shape).shape == (2, 7, 13)
+    assert model.init_cache(rotary, 2, 7).capacity == 7
 
 
 def test_dropout_is_off_without_a_key_and_follows_its_key(models, weights, tokens):

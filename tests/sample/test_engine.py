@@ -196,10 +196,11 @@ def test_stop_strings_and_text(params):
     stop = whole.text[8:11]
     place = whole.text.index(stop)
     several = [Request([1, 2], 16, mine, stop=("!", stop)), Request([1, 2], 16, mine), Request([1, 2], 4, mine)]
+    several.append(Request([1, 2], 16, mine, stop=stop))  # the string itself, not each of its letters
     got = run(params, several, tokenizer=Letters(), steps=3)
     assert (got[0].text, got[0].finish_reason) == (whole.text[:place], "stop")
     assert got[0].tokens == whole.tokens[: place + 3]
-    assert (got[1], got[2].tokens) == (whole, whole.tokens[:4])
+    assert (got[1], got[2].tokens, got[3]) == (whole, whole.tokens[:4], got[0])
 
 
 def test_more_stop_ids_than_any_before_make_room(params, requests):
@@ -262,7 +263,7 @@ def test_bad_use_is_one_clear_error(params):
     state = engine.insert(CFG, params, state, 1, Request([1], 2))
     for slot, request, message in (
         (1, Request([1], 2), "slot: 1 is in use"),
-        (4, Request([1], 2), "slot: must be 0 to 3, found 4"),
+        (4, Request([1], 2), "slot: must be between 0 and 3, found 4"),
         (0, Request([], 2), "is empty"),
         (0, Request([1] * 30, 10), "exceed the model's context of 32; .* 'slide'"),
         (0, Request([1], 17), "exceeds a slot's room for 16"),

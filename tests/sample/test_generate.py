@@ -12,7 +12,7 @@ import pytest
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import apply
-from jaxlm.sample import Sampling, generate, prepare, requests
+from jaxlm.sample import Sampling, drive, generate, prepare, requests
 
 QUICK_COMPILE = True
 
@@ -278,6 +278,17 @@ def test_prepared_weights_give_the_same_logits_and_prepare_is_idempotent(random_
 def test_bad_input_is_one_clear_error(params, change, message):
     with pytest.raises(InputError, match=message):
         run(params, **change)
+
+
+def test_a_cache_ends_where_the_context_does(monkeypatch):
+    """Widths are powers of two, and no cache may be longer than the learned positions are."""
+    cfg = ModelConfig(vocab_size=V, n_layers=1, d_model=8, n_heads=1, max_seq_len=40, position="learned")
+    made = []
+    monkeypatch.setattr(drive.decoding, "prefill", lambda *_, **sizes: made.append(sizes["capacity"]))
+    for length, new, want in ((20, 20, 40), (3, 16, 32), (3, 20, 40), (33, 7, 40)):
+        (request,) = requests.check(cfg, [[1] * length], None, new, "refuse")
+        drive.start(cfg, {}, [request], slots=2, key=jax.random.key(0), stop_ids=(), n_vocab=V)
+        assert made.pop() == want
 
 
 def test_no_prompts_give_no_results(params):

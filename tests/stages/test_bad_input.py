@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -66,8 +67,35 @@ def test_a_corpus_shorter_than_one_window_is_refused(letters, tmp_path):
 
 def test_a_character_that_the_tokenizer_has_never_seen_is_refused(letters, tmp_path):
     file = tmp_path / "new.txt"
-    file.write_text("abc " * 50 + "xyz!" * 5)  # the validation split has letters that the training split has not
-    assert "'x' (U+0078)" in sentence(letters(f"data.path={file}"))
+    file.write_text("abc " * 25 + "\n" + "abc " * 25 + "\nxyz!" * 4)  # of 221 characters, 198 are for training
+    found = sentence(letters(f"data.path={file}"))
+    # Line 3, and in what was kept for validation: "c \nxyz!…", or so
+    assert found.startswith(f"tokenizer.unk=false: data.path={file}, line 3 of the text (val split): character 'x' (U+")
+    file = tmp_path / "new.jsonl"
+    texts = ["abc\nabc"] * 8 + ["cab", "a\nbx"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = sentence(letters(f"data.path={file}"))
+    assert f"data.path={file}, document 10, line 2 of it (val split): character 'x' (U+0078) at offset 3" in found
+
+
+def test_an_example_that_the_tokenizer_has_never_seen_is_refused_before_any_training(letters, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    for at, words in (
+        (1, "train split: example 2 ('the Qat'): character 'Q'"),
+        (11, "test split: character 'Q'"),  # what the evaluation would ask
+    ):
+        pairs = [{"prompt": "the Qat" if number == at else "the cat", "response": " sat"} for number in range(12)]
+        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        settings = ("sft.enabled=true", "sft.source=file", f"sft.path={file}")
+        assert sentence(letters(*settings), last="tokenize_sft").startswith(f"sft.path={file}, {words}")
+
+
+def test_a_validation_split_of_nothing_says_what_to_change(letters, tmp_path):
+    file = tmp_path / "end.txt"
+    file.write_text("the cat sat on the mat\n" * 20)
+    found = sentence(letters(f"data.path={file}", "data.val_fraction=0.001"), last="download")
+    assert found.startswith("data.val_fraction=0.001 leaves a split empty: of 460 characters, validation got nothing")
+    assert found.endswith("but white space; raise it, or give more text.")
 
 
 def test_a_missing_start_is_refused(letters, tmp_path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -34,6 +36,30 @@ def test_a_run_points_at_its_stages_and_holds_its_report(run, tmp_path):
     assert notes["stages"] == {spec.stage: f"../../store/{spec.name}" for spec in specs}
     assert notes["config_name"] == "configs/first.yaml"
     assert RunConfig.model_validate(notes["config"]) == cfg
+
+
+def test_two_flows_of_a_run_note_a_stage_each(make_spec, tmp_path, monkeypatch):
+    """The notes are read, added to and written by one at a time: reading is made slow, so both would read the old."""
+    import fake_stage
+
+    read = runs.read_sealed
+
+    def slowly(path):
+        try:
+            return read(path)
+        finally:
+            time.sleep(0.2)
+
+    cfg = RunConfig(name="first", root=str(tmp_path))
+    done = []
+    for stage in ("download", "pretrain", "evaluate"):
+        store.write_spec(spec := make_spec(stage))
+        done.append(execute(spec, fake_stage.run))
+    runs.record(cfg, "", done.pop(0))
+    monkeypatch.setattr(runs, "read_sealed", slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda manifest: runs.record(cfg, "", manifest), done))
+    assert sorted(runs.stages_of(tmp_path / "runs" / "first")) == ["download", "evaluate", "pretrain"]
 
 
 def test_another_configuration_starts_the_notes_afresh(run, tmp_path, make_spec):
