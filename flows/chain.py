@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def chain(
     again: str = "",
     before: Mapping[str, Any] | None = None,
     modules: Mapping[str, str] | None = None,
+    alone: bool = True,
 ) -> dict[str, Any]:
     """Runs the stages of `cfg` as tasks, one after another; to be called in a flow.
 
@@ -60,6 +62,7 @@ def chain(
         again: the command that continues the run, for status.json.
         before: stage -> what is called with its spec just before it runs.
         modules: stage -> Python module, for stages other than the built-in ones.
+        alone: whether that is all the flow does; see `reported`.
 
     Returns:
         See `flows.pipeline.pipeline`.
@@ -69,31 +72,53 @@ def chain(
     """
     specs = specs_of(cfg, last, modules)
     cached: dict[str, bool] = {}
+    with reported(cfg, f"the stages up to {specs[-1].stage} are being made", "every stage is done", again, alone=alone):
+        for index, spec in enumerate(specs):
+            if before and spec.stage in before:
+                before[spec.stage](spec)
+            cached[spec.stage] = tasks.run(spec, cfg)
+            manifest = read_manifest(spec.directory)
+            runs.record(cfg, config_name, manifest)
+            lineage.write(cfg, config_name, [read_manifest(each.directory) for each in specs[: index + 1]])
+            say(summary_line(manifest, cached[spec.stage]))
+        published = _delivered(cfg, specs) if deliver and specs[-1].stage == "evaluate" else None
+    return summary(cfg, specs, cached) | ({"published": published} if published else {})
+
+
+@contextmanager
+def reported(cfg: RunConfig, doing: str, done: str, again: str, *, alone: bool = True) -> Iterator[None]:
+    """Around the making of a run: keeps its status.json, guards a temporary server, and waits for one that is away.
+
+    Args:
+        cfg: the run.
+        doing: why its state is `running`, and
+        done: why it is `completed`.
+        again: the command that continues it.
+        alone: False for a combination of a sweep: it neither waits nor ends the process, for there is more to be done.
+
+    Raises:
+        InputError: the environment says no number of seconds for the wait.
+    """
+    server.seconds_to_wait()
     with server.ends_with_us():
-        status.write(cfg, "running", f"the stages up to {specs[-1].stage} are being made", again)
+        status.write(cfg, "running", doing, again)
         try:
-            for index, spec in enumerate(specs):
-                if before and spec.stage in before:
-                    before[spec.stage](spec)
-                cached[spec.stage] = tasks.run(spec, cfg)
-                manifest = read_manifest(spec.directory)
-                runs.record(cfg, config_name, manifest)
-                lineage.write(cfg, config_name, [read_manifest(each.directory) for each in specs[: index + 1]])
-                say(summary_line(manifest, cached[spec.stage]))
-            published = _delivered(cfg, specs) if deliver and specs[-1].stage == "evaluate" else None
+            yield
         except JaxlmError as error:
             status.write(cfg, "failed", str(error), again)
-            server.wait_until_back(say)
+            if alone:
+                server.wait_until_back(say)
             raise
         except BaseException as error:
             if not isinstance(error, Exception):  # somebody wants the flow to end
                 sentence = stopped_sentence(error)
                 status.write(cfg, "cancelled", sentence, again)
-                server.leave_when_away(sentence, Preempted.exit_code)
+                if alone:
+                    server.leave_when_away(sentence, Preempted.exit_code)
             raise
-        status.write(cfg, "completed", "every stage is done", "")
-        server.wait_until_back(say)
-    return summary(cfg, specs, cached) | ({"published": published} if published else {})
+        status.write(cfg, "completed", done, "")
+        if alone:
+            server.wait_until_back(say)
 
 
 def _delivered(cfg: RunConfig, specs: Sequence[Spec]) -> str | None:

@@ -11,6 +11,7 @@ from prefect.exceptions import TerminationSignal
 
 from flows import environment, server, status
 from flows.chain import configured, specs_of, summary
+from jaxlm.config import RunConfig
 from jaxlm.errors import JaxlmError, Preempted, UnavailableError
 from jaxlm.stages.process import Terminated
 from jaxlm.stages.runner import preempted_when_stopped, say, stopped_sentence
@@ -22,9 +23,12 @@ _NAME_LENGTH = 80
 
 def run_name() -> str:
     """The name of a flow run: which flow, on what, with which overrides."""
+    from prefect.context import FlowRunContext
     from prefect.runtime import flow_run
 
-    given = flow_run.parameters or {}
+    given, context = flow_run.parameters or {}, FlowRunContext.get()
+    if context is not None and context.flow is not None:
+        given = status.with_defaults(context.flow, given)
     words = [str(flow_run.flow_name or "").removeprefix("jaxlm-"), Path(str(given.get("config", ""))).stem]
     words += [str(given["name"])] if given.get("name") else []
     words += [*(given.get("overrides") or []), *(given.get("grid") or [])]
@@ -63,33 +67,42 @@ def run(
         flow = pipeline
     cfg = configured(config_path, overrides, root)
     specs = specs_of(cfg, last)  # bad input is told before a server is started
+    server.seconds_to_wait()
     before = {spec.stage: find(spec) is not None for spec in specs}
     given = {"config": str(config_path), "overrides": list(overrides), "root": str(root), **parameters}
     name, more = flow.name.removeprefix("jaxlm-"), status.options(parameters)
     again = status.command(name, str(config_path), list(overrides), str(root), more)
+    status.write(cfg, "running", "the flow is being started", again)  # from here on the state is of this flow
     try:
         with server.of_a_command(), preempted_when_stopped(), environment.one_sentence_errors(), server.ends_with_us():
             out = flow(**given)
     except JaxlmError as error:
-        if isinstance(error, Preempted):
+        if isinstance(error, Preempted) and status.state_of(cfg) != "completed":
             status.write(cfg, "cancelled", str(error), again)
         raise
     except (Exception, TerminationSignal) as error:
         if _was_stopped(error):
-            status.write(cfg, "cancelled", stopped_sentence(error), again)
+            if status.state_of(cfg) != "completed":
+                status.write(cfg, "cancelled", stopped_sentence(error), again)
             raise Preempted(stopped_sentence(error)) from None
         if not server.about_the_api(error):
             raise
-        if not (all(find(spec) for spec in specs) and status.state_of(cfg) == "completed"):
+        if status.state_of(cfg) != "completed":
             sentence = (
                 f"Prefect's API is away ({' '.join(str(error).split())[:200]}); run the same command to continue."
             )
             status.write(cfg, "failed", sentence, again)
             raise UnavailableError(sentence) from None
         say("Prefect's API went away before the flow could report; every stage is done all the same.")
-        out = summary(cfg, specs, before)
+        out = _outcome_of_sweep(cfg) if parameters.get("grid") else summary(cfg, specs, before)
     tell(out)
     return out
+
+
+def _outcome_of_sweep(cfg: RunConfig) -> dict[str, Any]:
+    from flows import sweep  # which imports this module
+
+    return sweep.outcome(cfg)
 
 
 def tell(out: Mapping[str, Any]) -> None:

@@ -7,6 +7,9 @@ by one. The stage's own process pool serves a single machine as well, so one tas
 from __future__ import annotations
 
 import importlib
+import os
+import threading
+from multiprocessing import parent_process
 from typing import Any
 
 from prefect import task
@@ -16,7 +19,7 @@ from prefect.tasks import exponential_backoff
 
 from flows.form import Runner
 from flows.tasks import worth_a_retry_inline
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, Preempted
 from jaxlm.stages.spec import Spec
 from jaxlm.stages.store import find, write_spec
 
@@ -77,7 +80,7 @@ def task_runner(runner: Runner, shards: int) -> TaskRunner[Any]:
     if runner == "threads":
         return ThreadPoolTaskRunner(max_workers=min(shards, 8))
     if runner == "processes":
-        return ProcessPoolTaskRunner(max_workers=min(shards, 8))
+        return ProcessPoolTaskRunner(max_workers=min(shards, 8), initializer=end_with_parent)
     module, name = _PACKAGES[runner]
     try:
         made: TaskRunner[Any] = getattr(importlib.import_module(module), name)()
@@ -85,3 +88,17 @@ def task_runner(runner: Runner, shards: int) -> TaskRunner[Any]:
         package = module.replace("_", "-")
         raise InputError(f"runner={runner}: the package {package} is not installed; pip install {package}.") from None
     return made
+
+
+def end_with_parent() -> None:
+    """Makes a worker of a process pool end when the flow's process does, also when that was killed: it would wait for
+    its next piece of work for ever.
+    """
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(Preempted.exit_code)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

@@ -22,17 +22,18 @@ from prefect.tasks import exponential_backoff
 
 from flows import lineage
 from jaxlm._digests import digest_file
-from jaxlm._disk import disk_errors, sync_directory
+from jaxlm._disk import disk_errors, sync_directory, write_atomic
 from jaxlm._lock import LOCK_FILE, dir_lock
 from jaxlm.config import RunConfig
 from jaxlm.errors import InputError, JaxlmError, UnavailableError
 from jaxlm.stages import runs
-from jaxlm.stages.process import read_error
+from jaxlm.stages.process import PARENT, read_error
 from jaxlm.stages.spec import Manifest
-from jaxlm.stages.store import output_names
+from jaxlm.stages.store import damage, output_names, read_spec
 
 INDEX = "published.json"
 _LOCAL = ("file", "local")
+_EXPORT = "from jaxlm.stages.process import follow_parent; follow_parent(); from jaxlm.cli import main; main()"
 
 
 def _network(task: Any, task_run: Any, state: Any) -> bool:
@@ -66,22 +67,34 @@ def export(cfg: RunConfig, to: str, done: list[Manifest]) -> str:
         The directory or URL that was written.
 
     Raises:
-        InputError: there is no such bucket, no right to write to it, or something else is there under that name.
+        InputError: the model or its report is damaged; there is no such bucket, no right to write to it, or something
+            else is there under that name.
         UnavailableError: the bucket's service is away.
         DiskError: the disk failed.
     """
     by_stage = {manifest.stage: manifest for manifest in done}
     model = by_stage.get("sft") or by_stage["pretrain"]
+    evaluated = by_stage["evaluate"]
+    for manifest in (model, evaluated):
+        _check_whole(manifest)
     with _workplace(runs.directory(cfg) / ".publish") as work:
         files = _hf(model, work) if cfg.publish.form == "hf" else _stage_files(model)
-        for name in (*runs.REPORT_FILES, lineage.FILE):
-            if (runs.directory(cfg) / name).exists():
-                files[f"report/{name}" if name in runs.REPORT_FILES else name] = runs.directory(cfg) / name
-        figures = runs.directory(cfg) / runs.FIGURES
-        if figures.is_dir():
-            files |= {f"report/{runs.FIGURES}/{name}": figures / name for name in output_names(figures)}
+        for name in evaluated.outputs:
+            if name in runs.REPORT_FILES or name.startswith(f"{runs.FIGURES}/"):
+                files[f"report/{name}"] = evaluated.directory / name
+        if (runs.directory(cfg) / lineage.FILE).exists():
+            files[lineage.FILE] = runs.directory(cfg) / lineage.FILE
         index = {"run": cfg.name, "stage": model.stage, "id": model.id, "form": cfg.publish.form}
-        return put(files, to, f"{cfg.name}-{by_stage['evaluate'].id}", index)
+        return put(files, to, f"{cfg.name}-{evaluated.id}", index)
+
+
+def _check_whole(manifest: Manifest) -> None:
+    """Who looks for a result trusts sizes and times; others will trust what is published, so its bytes are compared."""
+    read_spec(manifest.directory)
+    if problems := damage(manifest):
+        problem = problems[0].rstrip(".")
+        remove = "" if problem.endswith("missing") else "remove that file and "
+        raise InputError(f"publish: {problem}; {remove}run the same command again, which makes it anew.")
 
 
 @contextmanager
@@ -120,8 +133,7 @@ def put(files: Mapping[str, Path], to: str, name: str, about: Mapping[str, Any])
             found = json.loads(fs.cat_file(f"{target}/{INDEX}"))
             if found.get("files") == listed:
                 return shown
-            if protocol in _LOCAL:
-                raise InputError(f"{shown}: another publication is there; remove it, or give the run another name.")
+            raise InputError(f"{shown}: another publication is there; remove it, or give the run another name.")
         if protocol in _LOCAL:
             _to_directory(files, Path(target), index)
         else:
@@ -146,8 +158,12 @@ def _to_directory(files: Mapping[str, Path], target: Path, index: Mapping[str, A
             for key, path in files.items():
                 (part / key).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, part / key)
-            (part / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+                with open(part / key, "rb") as copy:
+                    os.fsync(copy.fileno())
+            write_atomic(part / INDEX, json.dumps(index, indent=1).encode())
             (part / LOCK_FILE).unlink()
+            for folder in [part, *(item for item in part.rglob("*") if item.is_dir())]:
+                sync_directory(folder)
             os.rename(part, target)
             sync_directory(target.parent)
 
@@ -163,10 +179,10 @@ def _hf(model: Manifest, work: Path) -> dict[str, Path]:
     out = work / "model"
     work.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "jaxlm.cli", "export-hf", str(model.directory), str(out)],
+        [sys.executable, "-c", _EXPORT, "export-hf", str(model.directory), str(out)],
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", PARENT: str(os.getpid())},
         check=False,
     )
     if done.returncode != 0:

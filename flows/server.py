@@ -36,31 +36,38 @@ _ASKED_TO_END = (0, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a server t
 WAIT = "JAXLM_REPORT_SECONDS"  # how long a flow that is done waits for a server that is away
 WAIT_SECONDS = 60.0
 WAIT_SECONDS_DEPLOYED = 600.0  # nobody sits before it, and what is not reported now stays "Running"
-_PROBE_SECONDS = 2.0
+_PROBE_SECONDS = 10.0  # a busy machine may take some for an answer; one that is gone refuses at once
 
+_watching = threading.Lock()  # held while a thread of this process watches over its server
 _ours: ContextVar[bool] = ContextVar("ours", default=False)  # this process is a command of ours, which may end it
 
 
 @contextmanager
 def ends_with_us() -> Iterator[None]:
-    """Inside the block, a temporary server that Prefect starts in this process is put under guard at once."""
+    """Inside the block, a temporary server that Prefect starts in this process is put under guard at once.
+
+    Blocks may be nested, as those of a command, its flow and a chain are: one watches, lest each of them starts
+    a server that died.
+    """
     from prefect.settings import get_current_settings
 
-    if get_current_settings().api.url is not None:
+    if get_current_settings().api.url is not None or not _watching.acquire(blocking=False):
         yield
         return
     from prefect.server.api.server import SubprocessASGIServer
 
     stop = threading.Event()
     server = SubprocessASGIServer()  # the one of this process: Prefect keeps one per port
-    _apart(server)
     thread = threading.Thread(target=_report, args=(server, stop), name="server guard", daemon=True)
-    thread.start()
     try:
+        _apart(server)
+        thread.start()
         yield
     finally:
         stop.set()
-        thread.join(timeout=5.0)
+        if thread.ident is not None:
+            thread.join(timeout=5.0)
+        _watching.release()
 
 
 def _apart(server: SubprocessASGIServer) -> None:
@@ -118,6 +125,24 @@ def away() -> bool:
         return True
 
 
+def seconds_to_wait() -> float | None:
+    """What the environment says of the wait at the end of a flow; None where it says nothing.
+
+    Raises:
+        InputError: it is no number of seconds.
+    """
+    text = os.environ.get(WAIT, "").strip()
+    try:
+        seconds = float(text or 0)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        from jaxlm.errors import InputError
+
+        raise InputError(f"{WAIT}={text}: expected a number of seconds, such as 60.")
+    return seconds if text else None
+
+
 def wait_until_back(say: Callable[[str], None]) -> bool:
     """At the end of a flow: gives a server that is away the time to come back, so that the flow is reported as it is.
 
@@ -126,9 +151,12 @@ def wait_until_back(say: Callable[[str], None]) -> bool:
     """
     if not away():
         return True
-    from prefect.runtime import deployment
+    from prefect.context import FlowRunContext
 
-    seconds = float(os.environ.get(WAIT) or (WAIT_SECONDS_DEPLOYED if deployment.id else WAIT_SECONDS))
+    context, asked = FlowRunContext.get(), seconds_to_wait()
+    flow_run = None if context is None else context.flow_run  # prefect.runtime.deployment would ask the API
+    deployed = flow_run is not None and flow_run.deployment_id is not None
+    seconds = asked if asked is not None else WAIT_SECONDS_DEPLOYED if deployed else WAIT_SECONDS
     say(f"Prefect's API is away and the work is done; waiting up to {seconds:.0f} s for it, to report that.")
     end = time.monotonic() + seconds
     while time.monotonic() < end:

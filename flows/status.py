@@ -60,16 +60,24 @@ def state_of(cfg: RunConfig) -> str:
 def on_end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Prefect's hook for failure, crash and cancellation. Also run by a worker whose flow was killed.
 
-    A flow that had done everything, and then could not report it, stays completed: the disk has the truth.
+    The disk has the truth: a flow that had done everything, and then could not report it, stays completed; one that was
+    told to end has left the words of its stage.
     """
-    parameters: Mapping[str, Any] = flow_run.parameters
     with suppress(JaxlmError):
-        cfg, again = of_parameters(flow.name, parameters)
-        error = state.data if isinstance(state.data, BaseException) else None
-        if state_of(cfg) == "completed" and server.about_the_api(error):
+        cfg, again = of_parameters(flow.name, with_defaults(flow, flow_run.parameters))
+        left = state_of(cfg)
+        if left == "completed" and (not isinstance(state.data, Exception) or server.about_the_api(state.data)):
             return
         kind = "cancelled" if state.is_cancelling() or state.is_cancelled() else str(state.type.value).lower()
+        if left == "cancelled" and kind in ("cancelled", "crashed"):
+            return
         write(cfg, kind, sentence(state), again)
+
+
+def with_defaults(flow: Flow[Any, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a flow run. One that was started from an untouched form has none of its own."""
+    fields = flow.parameters.properties
+    return {name: field["default"] for name, field in fields.items() if "default" in field} | dict(parameters)
 
 
 def of_parameters(flow_name: str, parameters: Mapping[str, Any]) -> tuple[RunConfig, str]:
@@ -91,9 +99,9 @@ def of_parameters(flow_name: str, parameters: Mapping[str, Any]) -> tuple[RunCon
 def options(parameters: Mapping[str, Any]) -> list[str]:
     """The options of `jaxlm flow` for those parameters that only some flows have."""
     words = [word for line in parameters.get("grid") or [] for word in ("--grid", line)]
-    for name in ("shards", "runner"):
-        if parameters.get(name) is not None:
-            words += [f"--{name}", str(parameters[name])]
+    if (parameters.get("shards") or 1) > 1:  # with one the runner has nothing to do, and the command refuses it
+        words += ["--shards", str(parameters["shards"])]
+        words += ["--runner", str(parameters["runner"])] if parameters.get("runner") else []
     return words
 
 

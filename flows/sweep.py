@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from prefect.artifacts import create_table_artifact
 
 from flows import server, status
 from flows.artifacts import key, text
-from flows.chain import chain, configured, specs_of
+from flows.chain import chain, configured, reported, specs_of
 from flows.command import run_name
 from flows.form import Config, Grid, Name, Overrides, Root, Steps, merged
 from jaxlm._disk import write_atomic
@@ -41,7 +42,7 @@ def sweep(
 
     Returns:
         `run`, the directory of the sweep with sweep.json and sweep.md; `table`, a row for each combination, the best
-        validation loss first; `best`, the name of that run.
+        validation loss first; `best`, the name of that run, None where all diverged.
     """
     given = merged(overrides, name=name, steps=steps)
     again = status.command("sweep", config, given, root, status.options({"grid": grid}))
@@ -64,17 +65,22 @@ def run_grid(
     """
     whole = configured(config, overrides, root)
     rows: list[dict[str, Any]] = []
-    with server.ends_with_us():
+    with reported(whole, "the combinations of a sweep are being run", "every combination has been run", again):
         for row, cfg in runs_of(config, grid, overrides, root, modules=modules):
             settings = {field: override.partition("=")[2] for field, override in row.items()}
             say(f"sweep: {cfg.name} ({', '.join(f'{field}={value}' for field, value in settings.items())})")
             rows.append({"run": cfg.name, **settings, **_measured(cfg, config, again, modules)})
             _write(whole, ranked(rows), list(row))
-    table = ranked(rows)
+    return outcome(whole)
+
+
+def outcome(whole: RunConfig) -> dict[str, Any]:
+    """What `sweep` returns, from the sweep.json of one that is done."""
+    table = json.loads((runs.directory(whole) / "sweep.json").read_text(encoding="utf-8"))["rows"]
     return {
         "run": str(runs.directory(whole)),
         "table": table,
-        "best": table[0]["run"],
+        "best": table[0]["run"] if "val_loss" in table[0] else None,
         "results": {name: table[0][name] for name in FIGURES if name in table[0]},
         "report": str(runs.directory(whole) / "sweep.md"),
     }
@@ -110,7 +116,8 @@ def combinations(grid: Sequence[str]) -> list[dict[str, str]]:
             `model.d_model=[64, 128]`.
 
     Raises:
-        InputError: a line has no field or no value, a field comes twice, or there are too many combinations.
+        InputError: a line has no field, or a value that is empty or comes twice; a field comes twice, or is `name`; or
+            there are too many combinations.
     """
     axes: dict[str, list[str]] = {}
     for line in grid:
@@ -118,9 +125,13 @@ def combinations(grid: Sequence[str]) -> list[dict[str, str]]:
         field = field.strip()
         if not (field and equals and values.strip()):
             raise InputError(f"--grid {line}: expected section.field=value,value.")
+        if field == "name":
+            raise InputError(f"--grid {line}: a sweep names its runs itself; give the sweep a name with --set name=….")
         if field in axes:
             raise InputError(f"--grid {line}: {field} comes twice; put all of its values into one line.")
         axes[field] = [f"{field}={value}" for value in _values(line, values)]
+        if len(set(axes[field])) < len(axes[field]):
+            raise InputError(f"--grid {line}: a value comes twice; leave one out.")
     if not axes:
         raise InputError("the grid is empty; give lines such as train.learning_rate=0.001,0.003.")
     if (count := math.prod(map(len, axes.values()))) > LARGEST:
@@ -130,17 +141,22 @@ def combinations(grid: Sequence[str]) -> list[dict[str, str]]:
 
 def _values(line: str, values: str) -> list[str]:
     if not values.strip().startswith("["):
-        return [value.strip() for value in values.split(",")]
+        plain = [value.strip() for value in values.split(",")]
+        if not all(plain):
+            raise InputError(f"--grid {line}: a value is empty; leave a comma out, or write null.")
+        return plain
     try:
         listed = yaml.safe_load(values)
     except yaml.YAMLError:
-        raise InputError(f"--grid {line}: not readable as a YAML list.") from None
+        listed = None
+    if not (isinstance(listed, list) and listed):
+        raise InputError(f"--grid {line}: not readable as a YAML list with a value or more in it.")
     return [yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0] for value in listed]
 
 
 def _measured(cfg: RunConfig, config: str, again: str, modules: Mapping[str, str] | None) -> dict[str, Any]:
     try:
-        out = chain(cfg, config, again=again, modules=modules)
+        out = chain(cfg, config, again=again, modules=modules, alone=False)
     except DivergedError as error:
         say(str(error))
         return {"note": str(error)}

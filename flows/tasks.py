@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
-from prefect.tasks import MaterializingTask, exponential_backoff
+from prefect.tasks import MaterializingTask
 
 from flows import lineage, server
 from flows.artifacts import StageArtifacts
@@ -18,32 +19,37 @@ from jaxlm.stages.runner import CancelledError, Launcher, run_stage, say
 from jaxlm.stages.spec import Spec
 from jaxlm.stages.store import find
 
+AWAY = 4  # times in a row that a stage is tried again while a service is away
+CONTINUATIONS = 100  # of a stage that is stopped again and again, as by the time limit of its jobs
+DELAYS = [2.0, 4.0, 8.0, 16.0]  # seconds; the last one from then on
+
 ACCELERATED = ("pretrain", "sft", "evaluate")  # tagged so: their number at a time can be limited
 
 
-def worth_a_retry(task: Any, task_run: Any, state: State) -> bool:
-    """A service was away, or the stage's process lost its machine: it continues from its checkpoint.
+def worth_a_retry() -> Callable[[Any, Any, State], bool]:
+    """Made for one run of a stage and asked after each failure: a service was away, which is waited for `AWAY` times in
+    a row; or the stage's process was stopped, by its time limit or with its machine: it continues from its checkpoint.
 
     Not when somebody cancelled its job. When the flow itself is stopped, a BaseException ends the task, and Prefect
     does not ask.
     """
-    return isinstance(state.data, UnavailableError | Preempted) and not isinstance(state.data, CancelledError)
+    away = 0
+
+    def asked(task: Any, task_run: Any, state: State) -> bool:
+        nonlocal away
+        away = away + 1 if isinstance(state.data, UnavailableError) else 0
+        stopped = isinstance(state.data, Preempted) and not isinstance(state.data, CancelledError)
+        return stopped or 0 < away <= AWAY
+
+    return asked
 
 
 def worth_a_retry_inline(task: Any, task_run: Any, state: State) -> bool:
-    """In the flow's own process, a stage that was stopped means that the flow was."""
+    """In the flow's own process, a stage that was stopped means that the flow was. With `AWAY` retries."""
     return isinstance(state.data, UnavailableError)
 
 
-@task(
-    name="stage",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=4,
-    retry_delay_seconds=exponential_backoff(2),
-    retry_jitter_factor=1.0,
-    retry_condition_fn=worth_a_retry,
-)
+@task(name="stage", cache_policy=NO_CACHE, persist_result=False)
 def stage(spec: Spec, run: str, launcher: Launcher = "process", launch: LaunchConfig | None = None) -> State[None]:
     """Runs a stage, or finds that its result is there: the state is then named Cached.
 
@@ -92,7 +98,10 @@ def for_stage(spec: Spec, cfg: RunConfig, *, online: bool = True) -> Any:
         "name": spec.stage,
         "task_run_name": f"{spec.name} for {cfg.name}",
         "tags": ["jaxlm", f"jaxlm-{kind}", spec.stage] if online else [],
-        "retry_condition_fn": worth_a_retry if cfg.launcher == "process" else worth_a_retry_inline,
+        "retries": CONTINUATIONS if cfg.launcher == "process" else AWAY,
+        "retry_condition_fn": worth_a_retry() if cfg.launcher == "process" else worth_a_retry_inline,
+        "retry_delay_seconds": DELAYS,
+        "retry_jitter_factor": 1.0,
     }
     if not (online and server.has_assets()):
         return stage.with_options(**options)
@@ -104,8 +113,5 @@ def for_stage(spec: Spec, cfg: RunConfig, *, online: bool = True) -> Any:
         asset_deps=list(read),
         cache_policy=NO_CACHE,
         persist_result=False,
-        retries=stage.retries,
-        retry_delay_seconds=stage.retry_delay_seconds,
-        retry_jitter_factor=stage.retry_jitter_factor,
         **options,
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import IO
+from typing import IO, TypeVar
 
 import jax
 
@@ -20,6 +20,7 @@ from jaxlm.tokenizers import Tokenizer
 __all__ = ["HELP", "Loaded", "Messages", "answer", "chat", "chat_ids", "fitted", "load_model", "sample", "start_ids"]
 
 Messages = list[dict[str, str]]
+_Text = TypeVar("_Text", str, str | None)
 
 HELP = "/reset forgets the conversation, /exit (or end of input) leaves, Ctrl-C stops an answer."
 
@@ -205,10 +206,7 @@ def chat(
     if interactive is None:
         interactive = stdin.isatty()
     if not interactive:
-        try:
-            text = stdin.read().strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input: byte {error.start} is not UTF-8; send UTF-8 text.") from None
+        text = _decoded(stdin.read).strip()
         if not text:
             raise InputError("standard input is empty; give a message, or run jaxlm chat on a terminal.")
         turn([*opening, {"role": "user", "content": text}], 0)
@@ -216,7 +214,7 @@ def chat(
     chat_ids(model, [*opening, {"role": "user", "content": "?"}])  # a model that cannot chat says so at once
     print(HELP, file=out, flush=True)
     messages, number = list(opening), 0
-    while (text := _line(stdin, out)) not in (None, "/exit"):
+    while (text := _decoded(lambda: _line(stdin, out))) not in (None, "/exit"):
         if text == "/reset":
             messages = list(opening)
         elif text:
@@ -227,6 +225,13 @@ def chat(
                 messages.pop()
                 print(f"jaxlm: {error}", file=out, flush=True)
             number += 1
+
+
+def _decoded(read: Callable[[], _Text]) -> _Text:
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: byte {error.start} is not UTF-8; send UTF-8 text.") from None
 
 
 def _line(stdin: IO[str], out: IO[str]) -> str | None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # What several commands take is said once here.
 _MODEL = (
-    "a run's name, the directory of a run, a stage or a checkpoint, a Hugging Face directory or owner/name, or a .gguf "
-    "file; of a run the fine-tuned model comes first"
+    "a run's name, the directory of a run, a stage or a checkpoint, a Hugging Face directory or owner/name (with "
+    "@revision: pinned), or a .gguf file; of a run the fine-tuned model comes first"
 )
 Model = Annotated[str, Parameter(help=_MODEL)]
 Shape = Annotated[str, Parameter(help=f"the name of a preset, such as gpt2, or {_MODEL}")]
@@ -144,7 +144,7 @@ def inspect(
     block
         Print this block's parts and the shape of its output instead.
     batch
-        Rows of the training step and of decoding.
+        Rows of the training step, and rows that decode together.
     length
         Tokens in a row; empty: the model's context, at most 1024 (with --block 4).
     """
@@ -158,7 +158,7 @@ def inspect(
     if batch < 1 or (length is not None and length < 1):
         raise InputError(f"--batch {batch} --length {length}: both are at least 1.")
     if block is not None:
-        say(inspect_model.block_report(cfg, block, batch=batch, length=length or 4))
+        say(inspect_model.block_report(cfg, block, batch=batch, length=length or min(4, cfg.max_seq_len)))
     else:
         say(inspect_model.report(cfg, batch=batch, length=length))
 
@@ -212,9 +212,12 @@ def decode(
     /,
     *,
     batch_sizes: tuple[int, ...] = (1, 8),
-    prompt_lengths: tuple[int, ...] = (16, 128, 512),
+    prompt_lengths: tuple[int, ...] | None = None,
     new_tokens: int = 32,
     repeats: int = 5,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 50,
+    top_p: TopP = 0.9,
     dtype: Literal["float32", "bfloat16"] = "float32",
     out: Path | None = None,
     root: Root = Path("."),
@@ -228,7 +231,7 @@ def decode(
     batch_sizes
         Rows that decode together.
     prompt_lengths
-        Tokens of the prompts whose first token is timed.
+        Tokens of the prompts whose first token is timed; by default those of 16, 128 and 512 that fit the context.
     new_tokens
         Steps timed together.
     repeats
@@ -239,14 +242,16 @@ def decode(
         A directory for decode.json and the plot.
     """
     from jaxlm.presets import preset
+    from jaxlm.sample import Sampling
     from jaxlm.sample.timing_report import bench as run
 
+    options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     with _presets_suggested(model):
         found = None if _is_preset(model, root) else _load(model, root, prepared=False)
     cfg, params = (preset(model), None) if found is None else found[:2]
     run(
         cfg.replace(compute_dtype=dtype), params, name=model, batch_sizes=batch_sizes, prompt_lengths=prompt_lengths,
-        new_tokens=new_tokens, repeats=repeats, out=out,
+        new_tokens=new_tokens, repeats=repeats, sampling=options, out=out,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import jax
 
 from jaxlm import model
 from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
 from jaxlm.model.weights import path_of, weight
 
 MIB = 2**20
@@ -57,14 +58,14 @@ class Training(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """One new token for one row with `length` tokens in its cache.
+    """One new token for each row of a batch, all with `length` tokens in their cache.
 
     Attributes:
         flops: of the step.
-        weight_bytes: read once a step, whatever the batch: every matrix, and one row of the embedding.
-        cache_bytes_per_token: keys and values that each token adds: 2 L K h numbers.
-        read_bytes: all that is read: weights and the cache so far. Divided by the memory's bandwidth it is the least
-            time that a token can take (Pope et al., arXiv 2211.05102, section 2).
+        weight_bytes: read once a step: every matrix, whatever the batch, and a row of the embedding for each token.
+        cache_bytes_per_token: keys and values that each token adds to its row: 2 L K h numbers.
+        read_bytes: all that is read: weights and the caches so far. Divided by the memory's bandwidth it is the least
+            time that a step can take (Pope et al., arXiv 2211.05102, section 2).
     """
 
     flops: int
@@ -179,24 +180,27 @@ def training(cfg: ModelConfig, batch: int, length: int, *, loss_chunk: int = 0) 
     )
 
 
-def decoding(cfg: ModelConfig, length: int, *, weight_size: int = 4, cache_size: int | None = None) -> Decoding:
-    """What one more token costs a row with `length` tokens, the new one included.
+def decoding(cfg: ModelConfig, length: int, *, batch: int = 1) -> Decoding:
+    """What one more token costs each row with `length` tokens, the new one included.
+
+    Weights and caches have the compute type, which `sample.prepare` gives them; those few that it leaves in float32
+    (norms) are counted as if it did.
 
     Args:
         cfg: the model.
         length: tokens whose keys are looked at.
-        weight_size: bytes of a weight.
-        cache_size: bytes of a number in the cache; the compute type's when empty.
+        batch: rows.
     """
     if cfg.kind == "bigram":
-        return Decoding(0, cfg.vocab_size * weight_size, 0, cfg.vocab_size * weight_size)
-    cache_size = cache_size or (2 if cfg.compute_dtype == "bfloat16" else 4)
-    per_token = 2 * cfg.n_layers * cfg.kv_heads * cfg.d_head * cache_size
+        row = 4 * cfg.vocab_size * batch  # of its one table, which keeps its type
+        return Decoding(0, row, 0, row)
+    size = 2 if cfg.compute_dtype == "bfloat16" else 4
+    per_token = 2 * cfg.n_layers * cfg.kv_heads * cfg.d_head * size
     vectors = sum(row.size for row in tree(cfg) if "embed/" not in row.path and not row.path.endswith("kernel"))
     tables = (1 + (cfg.position == "learned") + cfg.embed_mix) * cfg.d_model  # a row of each, and the mixed-in ones
-    weights = (matrix_params(cfg) + vectors + tables) * weight_size
-    flops = 2 * matrix_params(cfg) + 4 * cfg.n_layers * cfg.n_heads * cfg.d_head * length
-    return Decoding(flops, weights, per_token, weights + per_token * length)
+    weights = (matrix_params(cfg) + vectors + batch * tables) * size
+    flops = batch * (2 * matrix_params(cfg) + 4 * cfg.n_layers * cfg.n_heads * cfg.d_head * length)
+    return Decoding(flops, weights, per_token, weights + batch * per_token * length)
 
 
 def report(cfg: ModelConfig, params: Any = None, *, batch: int = 1, length: int | None = None) -> str:
@@ -205,9 +209,13 @@ def report(cfg: ModelConfig, params: Any = None, *, batch: int = 1, length: int 
     Args:
         cfg: the model.
         params: its parameters, for their types.
-        batch: rows of a training step.
+        batch: rows of a training step, and rows that decode together.
         length: tokens a row, and tokens in the cache; by default the model's context, at most 1024.
+
+    Raises:
+        InputError: the model's context is shorter than `length`.
     """
+    _check_length(cfg, length)
     rows = tree(cfg, params)
     length = min(cfg.max_seq_len, 1024) if length is None else length
     width = max(len(row.path) for row in rows)
@@ -226,7 +234,7 @@ def report(cfg: ModelConfig, params: Any = None, *, batch: int = 1, length: int 
         each = blocks // cfg.n_layers
         lines.append(f"{'of which blocks':<{width}}  {'':<{wide}}  {blocks:>13,}  ({each:,} each)")
     step = training(cfg, batch, length)
-    one = decoding(cfg, length, weight_size=max(1, n_bytes // max(total, 1)))
+    one = decoding(cfg, length, batch=batch)
     lines += [
         "",
         f"a training step of {batch} x {length} tokens (AdamW, float32 state, remat {'on' if cfg.remat else 'off'})",
@@ -239,7 +247,7 @@ def report(cfg: ModelConfig, params: Any = None, *, batch: int = 1, length: int 
         f"  logits              {step.logit_bytes / MIB:,.1f} MiB",
         f"  together            {step.total_bytes / MIB:,.1f} MiB",
         "",
-        f"decoding one token after {length}",
+        f"decoding one token{f' for each of {batch} rows' if batch > 1 else ''} after {length}",
         f"  work                {_flops(one.flops)}",
         f"  cache               {one.cache_bytes_per_token:,} bytes a token, "
         f"{one.cache_bytes_per_token * length / MIB:,.1f} MiB a row",
@@ -252,17 +260,18 @@ def block_report(cfg: ModelConfig, index: int, *, batch: int = 2, length: int = 
     """One block: its weights, and the shapes on the way of an input [batch, length, D] through its submodules.
 
     Raises:
-        InputError: the model has no such block.
+        InputError: the model has no such block, or a shorter context than `length`.
     """
     from flax import linen as nn
 
-    from jaxlm.errors import InputError
     from jaxlm.model.blocks import Block, Context
     from jaxlm.model.positions import rotary_tables
 
     n_blocks = 0 if cfg.kind == "bigram" else cfg.n_layers
     if not 0 <= index < n_blocks:
         raise InputError(f"--block {index}: this model has {n_blocks} blocks, counted from 0.")
+
+    _check_length(cfg, length)
 
     def run(x: jax.Array) -> Any:
         positions = jax.numpy.zeros((batch, length), jax.numpy.int32)
@@ -287,6 +296,11 @@ def block_report(cfg: ModelConfig, index: int, *, batch: int = 2, length: int = 
             place = f"{name}/{path_of(path)}"
             lines.append(f"    {place:<20} {list(leaf.shape)!s:<16} {weight(f'blocks/{place}').meaning}")
     return "\n".join(lines)
+
+
+def _check_length(cfg: ModelConfig, length: int | None) -> None:
+    if length is not None and length > cfg.max_seq_len:
+        raise InputError(f"--length {length}: exceeds the model's context of {cfg.max_seq_len}; ask for no more.")
 
 
 def _flops(n: int) -> str:

@@ -100,7 +100,9 @@ class LaunchConfig(Frozen):
     grace_seconds: float = cosmetic(
         25.0, gt=0, description="for saving, between asking a stage to end and ending it (Prefect's own grace: 30)"
     )
-    timeout_hours: float = cosmetic(0.0, ge=0, description="longest time of one stage; 0: no limit")
+    timeout_hours: float = cosmetic(
+        0.0, ge=0, description="longest time of one stage, its wait in a queue included; 0: no limit"
+    )
     slurm: SlurmConfig = cosmetic(SlurmConfig(), description="with kind=slurm")
     kubernetes: KubernetesConfig = cosmetic(KubernetesConfig(), description="with kind=kubernetes")
 

@@ -139,7 +139,7 @@ def report(recipe: Recipe, losses: Losses) -> str:
         figure = getattr(recipe.published, part)
         beside = "" if figure is None else f", published {figure:.4f}"
         lines.append(f"{part:>5} loss {loss:.4f}{beside}")
-        if figure is not None and abs(loss - figure) > recipe.published.tolerance:
+        if figure is not None and not abs(loss - figure) <= recipe.published.tolerance:  # NaN is off too
             off.append(f"{part} loss {loss:.4f} is not the published {figure:.4f}")
     if off:
         raise InputError(f"{recipe.name}: {' and '.join(off)}; are these the weights of {recipe.model}?")

@@ -91,14 +91,24 @@ def test_what_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         chat.load_model(tmp_path / "x.gguf")
     asked = []
 
-    def load(name: str, dtype: Any = None) -> Any:
-        asked.append(name)
+    def load(name: str, dtype: Any = None, revision: str | None = None) -> Any:
+        asked.append((name, revision))
         raise InputError("away")
 
     monkeypatch.setattr(interop, "load_hf", load)
-    with pytest.raises(InputError, match="away"):
-        chat.load_model("owner/name", tmp_path)
-    assert asked == ["owner/name"]
+    for name in ("owner/name", "owner/name@main"):
+        with pytest.raises(InputError, match="away"):
+            chat.load_model(name, tmp_path)
+    assert asked == [("owner/name", None), ("owner/name", "main")]
+
+
+def test_an_end_outside_the_vocabulary_is_said(directory: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(directory, tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 300]}))
+    found = chat.load_model(source)
+    assert found.stop_ids == (256,)
+    assert found.notes == (f"{source}: its files name the end token 300, which is not among the model's 260; it is "
+                           "ignored.",)  # fmt: skip
 
 
 def test_an_imported_run_keeps_its_stop_ids(directory: Path, tmp_path: Path) -> None:
@@ -307,3 +317,8 @@ def test_a_template_that_fails_stops_before_the_first_message(model: chat.Loaded
     broken = model._replace(tokenizer=tokenizer("{{ raise_exception('No chats.') }}"))
     with pytest.raises(InputError, match="refuses this conversation: No chats"):
         chat.chat(broken, stdin=io.StringIO("Hi\n"), out=io.StringIO(), interactive=True)
+
+
+def test_a_terminal_that_sends_no_utf8(model: chat.Loaded) -> None:
+    with pytest.raises(InputError, match=r"^standard input: byte 0 is not UTF-8"):
+        chat.chat(model, stdin=io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"), out=io.StringIO(), interactive=True)

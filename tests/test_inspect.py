@@ -62,6 +62,12 @@ def test_flops_by_hand() -> None:
     # the embedding, whose row for the token is read twice.
     assert one.weight_bytes == 4 * (124_439_808 - 1023 * 768 + 768)
     assert one.read_bytes == one.weight_bytes + 1024 * 73_728
+    # Eight rows read the matrices once, and eight rows of the two tables; each has its own cache.
+    eight = inspect_model.decoding(gpt2, 1024, batch=8)
+    assert (eight.flops, eight.weight_bytes) == (8 * token, one.weight_bytes + 4 * 7 * 2 * 768)
+    assert eight.read_bytes == eight.weight_bytes + 8 * 1024 * 73_728
+    half = inspect_model.decoding(gpt2.replace(compute_dtype="bfloat16"), 1024)  # as sample.prepare lays it out
+    assert (2 * half.weight_bytes, 2 * half.read_bytes) == (one.weight_bytes, one.read_bytes)
 
 
 @pytest.mark.parametrize("cfg", [LLAMA, GPT, GPT.replace(remat=True)], ids=["llama", "gpt", "remat"])
@@ -111,6 +117,7 @@ def test_the_report_says_it_all() -> None:
     assert "46,080 bytes a token" in text  # 2 * 30 * 3 * 64 * 4
     assert "what each position looks for" in text
     assert "a training step of 2 x 16 tokens" in text
+    assert "decoding one token for each of 2 rows after 16" in text
     assert "65,536" in inspect_model.report(preset("bigram"))
 
 
@@ -182,6 +189,8 @@ def test_every_kind_of_source(sources: dict[str, tuple[str, ModelConfig]], tiny_
         (["bigram", "--block", "0"], "this model has 0 blocks"),
         (["gpt2", "--batch", "0"], "--batch 0"),
         (["gpt2", "--length", "-3"], "--length -3"),
+        (["gpt2", "--length", "1025"], "--length 1025: exceeds the model's context of 1024"),
+        (["gpt2", "--block", "0", "--length", "1025"], "--length 1025: exceeds the model's context of 1024"),
         (["absent.gguf"], "absent.gguf: no such file; give the path of a .gguf file."),
         (["some.safetensors"], "give the directory that holds it and its config.json"),
         (["notes.txt"], "this is a file, and one that may hold a pickle"),

@@ -71,14 +71,20 @@ def test_the_losses_are_those_of_the_logits(
         assert loss == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) - chosen), rel=1e-5)
     with pytest.raises(InputError, match=r"train loss \S+ is not the published 3.7548 and val loss"):
         recipes.report(recipe, losses)
+    broken = recipes.Losses(float("nan"), losses.val)
+    with pytest.raises(InputError, match=r"train loss nan is not the published"):
+        recipes.report(recipe, broken)
     figures = recipes.Published(train=losses.train, val=losses.val + 0.0005)
     assert recipes.report(recipe.replace(published=figures), losses).count("published") == 2
+    monkeypatch.setattr(tokenizers, "load", {"gpt2": tokenizers.char(text + "0123456789", eot=True)}.get)
+    with pytest.raises(InputError, match=r"gpt2: the tokenizer has \d+ entries, but the model embeds \d+"):
+        recipes.run(recipe)
     with pytest.raises(InputError, match="hold no window of 8"):
         recipes.window_loss(cfg, params, np.zeros(8, np.int32), recipe)
 
 
 def test_missing_weights_are_said(recipe: recipes.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(name: str, dtype: Any = None) -> Any:
+    def away(name: str, **options: Any) -> Any:
         raise UnavailableError(f"{name}: the hub cannot be reached.")
 
     monkeypatch.delenv("JAXLM_MIRROR", raising=False)

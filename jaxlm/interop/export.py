@@ -134,9 +134,18 @@ def _replaceable(target: Path) -> bool:
     if not target.exists():
         return False
     names = {path.name for path in target.iterdir()}
-    if other := sorted(names - _WRITTEN):
+    # A published model has the same files; but only an export says what it is of ours.
+    other = sorted(names if _is_published(target / CONFIG) else names - _WRITTEN)
+    if other:
         raise InputError(f"{target}: holds {other[0]}, which an export would remove; choose another directory.")
     return bool(names)
+
+
+def _is_published(config: Path) -> bool:
+    try:
+        return OURS not in json.loads(config.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def _swap(staging: Path, target: Path, replaced: bool) -> None:

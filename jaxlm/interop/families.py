@@ -111,11 +111,22 @@ def _rope_from_hf(raw: Raw, where: str) -> tuple[float, RopeScaling | None]:
     rope = raw.get(name) or {}
     if not isinstance(rope, dict):
         raise InputError(f"{where}: field {name}: expected an object, found {rope!r}.")
+    if raw.get("rope_scaling") and raw["rope_scaling"] != rope:
+        raise InputError(f"{where}: field rope_scaling: says something else than rope_parameters; keep one of them.")
+    if nested := next((key for key, value in rope.items() if isinstance(value, dict)), None):
+        raise InputError(f"{where}: {name}: field {nested}: rotary embeddings by layer type are not supported.")
     get = partial(_field, rope, f"{where}: {name}")
-    theta = get("rope_theta", float, None) or _field(raw, where, "rope_theta", float, 10000.0)
+    theta = get("rope_theta", float, None)
+    theta = _field(raw, where, "rope_theta", float, 10000.0) if theta is None else theta
     _only(rope, f"{where}: {name}", "partial_rotary_factor", 1.0)
     _only(raw, where, "partial_rotary_factor", 1.0)
-    kind = get("rope_type", str, None) or get("type", str, "default")
+    found = {key: get(key, str, None) for key in ("rope_type", "type")}
+    kinds = set(found.values()) - {None}
+    if len(kinds) > 1:
+        raise InputError(f"{where}: {name}: rope_type {found['rope_type']!r} and type {found['type']!r} contradict.")
+    kind = next(iter(kinds), "default")
+    if not kinds and rope.get("factor") is not None:
+        raise InputError(f"{where}: {name}: field rope_type: missing, though there is a factor; say which type it is.")
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -130,11 +141,14 @@ def _rope_from_hf(raw: Raw, where: str) -> tuple[float, RopeScaling | None]:
 
 def _llama_from_hf(raw: Raw, where: str = "config.json", *, model_type: str) -> ModelConfig:
     get = partial(_field, raw, where)
-    _only(raw, where, "hidden_act", "silu")
+    _only(raw, where, "hidden_act", "silu", "swish")  # two names of one function
     layers = get("num_hidden_layers", int)
-    windowed = get("use_sliding_window", bool, False) and get("max_window_layers", int, layers) < layers
-    if windowed or "sliding_attention" in (raw.get("layer_types") or ()):
+    # 28 is transformers' default, whatever the number of layers.
+    if get("use_sliding_window", bool, False) and get("max_window_layers", int, 28) < layers:
         raise InputError(f"{where}: field use_sliding_window: attention in a sliding window is not supported.")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise InputError(f"{where}: field layer_types: only full_attention is supported, found {kinds!r:.80}.")
     qwen2, qwen3 = model_type == "qwen2", model_type == "qwen3"
     theta, scaling = _rope_from_hf(raw, where)
     bias = True if qwen2 else get("attention_bias", bool, False)
@@ -252,7 +266,7 @@ def read_config(raw: Raw, where: str) -> tuple[Family, ModelConfig]:
         InputError: an unknown `model_type`, or a field that is missing or asks for what this model does not have.
     """
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"{where}: field model_type: {model_type!r} is not supported; jaxlm reads {known}.")
     if raw.get("quantization_config"):

@@ -23,6 +23,7 @@ from jaxlm import model
 from jaxlm.config import ModelConfig, RopeScaling, validated
 from jaxlm.errors import InputError
 from jaxlm.interop.hf import Loaded
+from jaxlm.interop.placing import finite, parameter_type
 from jaxlm.model.positions import rotary_frequencies
 from jaxlm.model.weights import path_of
 from jaxlm.tokenizers.gguf_vocab import from_gguf
@@ -59,7 +60,8 @@ def load_gguf(path: str | Path, *, dtype: DTypeLike | None = None) -> Loaded:
 
     Args:
         path: the file.
-        dtype: of the parameters; by default float32, which holds every dequantized value as it is.
+        dtype: of the parameters: float32 (the default, which holds every dequantized value as it is), bfloat16 or
+            float16.
 
     Returns:
         cfg, params and tokenizer; the tokenizer has the file's chat template and stop ids, and is None when the file
@@ -69,10 +71,12 @@ def load_gguf(path: str | Path, *, dtype: DTypeLike | None = None) -> Loaded:
         InputError: the `gguf` package is missing; the file is not a whole GGUF; its architecture, rotary type or
             tokenizer is not known here; a tensor is missing, misshapen, superfluous, of an unknown type or not finite.
     """
-    path = Path(path)
+    path, kind = Path(path), parameter_type(dtype)
     reader, metadata = _open(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     cfg = _config(path, metadata, tensors)
+    if cfg.n_layers > len(tensors):  # before there is a name for each
+        raise InputError(f"{path}: its metadata ask for {cfg.n_layers} blocks, but it has {len(tensors)} tensors.")
     permuted = metadata["general.architecture"] == "llama"
     tokenizer = from_gguf(metadata, str(path))
     if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
@@ -89,14 +93,14 @@ def load_gguf(path: str | Path, *, dtype: DTypeLike | None = None) -> Loaded:
         if name not in wanted and name not in _IGNORED:
             raise InputError(f"{path}: tensor {name}: this architecture has none of that name, so it is not supported.")
 
-    kind = _dtype(dtype)
     params: model.Params = {}
     for place, parts in names.items():
+        shape = shapes[place][1:] if place.startswith("blocks/") else shapes[place]
+        for name, share in parts:  # before there is memory of that size
+            _check(path, tensors.get(name), name, shape[::-1] if place.endswith("kernel") else shape, share)
         whole = np.empty(shapes[place], kind)
         order = _unpermuted(cfg, place) if permuted else None
         for i, (name, share) in enumerate(parts):
-            if name not in tensors:
-                raise InputError(f"{path}: tensor {name}: missing; the file is not whole or not of this architecture.")
             out = whole[i] if place.startswith("blocks/") else whole
             _read_into(path, tensors[name], out.T if place.endswith("kernel") else out, share, order)
         *parents, leaf = place.split("/")
@@ -118,11 +122,14 @@ def read_config(path: str | Path) -> ModelConfig:
     return _config(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
-def _dtype(dtype: DTypeLike | None) -> Any:
-    try:
-        return jnp.dtype(dtype or "float32")
-    except TypeError:
-        raise InputError(f"dtype: {dtype!r} is no type of a number; use float32 or bfloat16.") from None
+def _check(path: Path, tensor: Any, name: str, shape: tuple[int, ...], share: slice) -> None:
+    """Refuses a tensor that is missing, or of which this share does not have this shape."""
+    if tensor is None:
+        raise InputError(f"{path}: tensor {name}: missing; the file is not whole or not of this architecture.")
+    found = tuple(int(n) for n in reversed(tensor.shape))
+    expected = (shape[0] if share.stop is None else len(_FUSED) * shape[0], *shape[1:])
+    if found != expected:
+        raise InputError(f"{path}: tensor {name}: has the shape {found}, but the file's metadata ask for {expected}.")
 
 
 def _read_into(path: Path, tensor: Any, out: np.ndarray, share: slice, order: np.ndarray | None) -> None:
@@ -138,10 +145,6 @@ def _read_into(path: Path, tensor: Any, out: np.ndarray, share: slice, order: np
     import gguf
 
     where = f"{path}: tensor {tensor.name}"
-    found = tuple(int(n) for n in reversed(tensor.shape))
-    expected = (out.shape[0] if share.stop is None else len(_FUSED) * out.shape[0], *out.shape[1:])
-    if found != expected:
-        raise InputError(f"{where}: has the shape {found}, but the file's metadata ask for {expected}.")
     data = tensor.data if out.ndim == 2 else tensor.data[None]  # the package dequantizes rows
     first, n = share.start or 0, out.shape[0]
     for start in range(0, n if out.ndim == 2 else 1, ROWS):
@@ -150,12 +153,16 @@ def _read_into(path: Path, tensor: Any, out: np.ndarray, share: slice, order: np
             part = gguf.dequantize(data[chosen], tensor.tensor_type)
         except NotImplementedError:
             raise InputError(f"{where}: its type {tensor.tensor_type.name} is not supported.") from None
-        if not np.isfinite(part).all():
+        if not finite(part):
             raise InputError(f"{where}: holds NaN or infinite values; the file is damaged, so download it again.")
         if out.ndim == 1:
             part, places = part[0][first : first + n], slice(0, n)
         else:
             places = slice(start, start + len(part))
+        with np.errstate(over="ignore"):  # found by the check that follows
+            part = part.astype(out.dtype, copy=False)
+        if part.dtype != np.float32 and not finite(part):
+            raise InputError(f"{where}: has numbers beyond {out.dtype}; load it as float32.")
         out[places if order is None else order[places]] = part
 
 
@@ -223,7 +230,7 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(f"{path}: field general.architecture: {name!r} is not supported; supported are {known}.")
 
@@ -231,16 +238,21 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         found = metadata.get(f"{name}.{key}", default)
         if found is None:
             raise InputError(f"{path}: field {name}.{key}: missing; the file was not made for this architecture.")
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise InputError(f"{path}: field {name}.{key}: expected one number, found {found!r:.60}.")
+        sound = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+        if not sound or (kind is int and found != int(found)):
+            what = "one number" if kind is float else "one whole number"
+            raise InputError(f"{path}: field {name}.{key}: expected {what}, found {found!r:.60}.")
         # Numbers are float32 in the file: 1e-5 comes back as 9.999999747378752e-06.
         return float(f"{found:.7g}") if kind is float else int(found)
 
     if value("expert_count", 0):
         raise InputError(f"{path}: field {name}.expert_count: mixtures of experts are not supported.")
-    scaling = metadata.get(f"{name}.rope.scaling.type", "none")
-    if scaling not in ("none", "llama3"):
+    scaling = metadata.get(f"{name}.rope.scaling.type")
+    if scaling not in (None, "none") and not (scaling == "llama3" and "rope_freqs.weight" in tensors):
         raise InputError(f"{path}: field {name}.rope.scaling.type: {scaling!r} is not supported.")
+    for key in ("rope.scaling.factor", "rope.scale_linear"):  # with no type, llama.cpp divides positions by them
+        if scaling is None and value(key, 0.0, float) not in (0, 1):
+            raise InputError(f"{path}: field {name}.{key}: linear scaling of positions is not supported.")
     if "token_embd.weight" not in tensors:
         raise InputError(f"{path}: tensor token_embd.weight: missing.")
     fields: dict[str, Any] = dict(

@@ -108,24 +108,26 @@ def _source(directory: Path) -> Source:
 
 
 def _shards(directory: Path) -> dict[str, dict[str, files.Entry]]:
-    """For each shard that the index names, the tensors that the index says are there."""
+    """For each shard that the index names, the tensors that are there: those of the index, and any others."""
     path = directory / INDEX
     weight_map = read_json(path, hint=_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{path}: field weight_map: expected the shard of each tensor; get the file again.")
-    shards: dict[str, dict[str, files.Entry]] = {}
     headers: dict[str, dict[str, files.Entry]] = {}
     for name, shard in weight_map.items():
         if shard not in headers:
-            if Path(shard).name != shard:
+            if shard in ("", "..") or Path(shard).name != shard:
                 raise InputError(f"{path}: tensor {name}: shard {shard!r} is not a file of this directory.")
-            if not (directory / shard).exists():
+            if not (directory / shard).is_file():
                 raise InputError(f"{path}: shard {shard}, which holds tensor {name}, is missing; get the file.")
             headers[shard] = files.read_header(directory / shard)
         if name not in headers[shard]:
             raise InputError(f"{directory / shard}: tensor {name} is missing, but {INDEX} says that it is here.")
-        shards.setdefault(shard, {})[name] = headers[shard][name]
-    return shards
+    # A tensor that the index does not list is as superfluous as in a single file, but not where another shard has it.
+    return {
+        shard: {name: entry for name, entry in header.items() if weight_map.get(name, shard) == shard}
+        for shard, header in headers.items()
+    }
 
 
 def _no_weights(directory: Path) -> str:

@@ -115,7 +115,7 @@ def place(
         InputError: a tensor is missing, of another shape, unknown to the family, or holds NaN or infinite numbers; or
             a separate head does not equal the embedding that the configuration ties it to. Names file and tensor.
     """
-    kind = _dtype(dtype)
+    kind = parameter_type(dtype)
     rows = wanted(cfg, family)
     names = _match(cfg, family, rows, source)
     sizes = shapes_of(cfg)
@@ -128,7 +128,7 @@ def place(
             places = [leaf if item.layer is None else leaf[item.layer] for leaf in leaves]
             _scatter(value.T if item.rule.transpose else value, places)
             narrower = kind != value.dtype and kind.itemsize <= value.dtype.itemsize
-            if narrower and not all(map(_finite, places)):
+            if narrower and not all(map(finite, places)):
                 name = names[item.name]
                 raise InputError(f"{source.where(name)}: tensor {name} has numbers beyond {kind}; load it as float32.")
         del value, places
@@ -137,7 +137,12 @@ def place(
     return params
 
 
-def _dtype(dtype: DTypeLike | None) -> np.dtype:
+def parameter_type(dtype: DTypeLike | None) -> np.dtype:
+    """The type that parameters are asked to have; float32 when empty.
+
+    Raises:
+        InputError: it is none of float32, bfloat16 and float16.
+    """
     try:
         kind = np.dtype(np.float32 if dtype is None else dtype)
     except TypeError:
@@ -203,12 +208,13 @@ def _read(source: Source, name: str) -> np.ndarray:
             f"{source.where(name)}: tensor {name} holds {value.dtype}; quantized weights are not supported, so take "
             "the model in bfloat16 or float32."
         )
-    if not _finite(value):
+    if not finite(value):
         raise InputError(f"{source.where(name)}: tensor {name} holds NaN or infinite numbers; get a sound copy.")
     return value
 
 
-def _finite(value: np.ndarray) -> bool:
+def finite(value: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite."""
     # A sum is not finite when one of its terms is not; unlike isfinite(value).all() it makes no second array.
     with np.errstate(invalid="ignore"):
         return bool(np.isfinite(value.sum(dtype=np.float64)))
@@ -268,7 +274,7 @@ def tensors(
         for item in items:
             parts = [np.asarray(leaves[path]) for path in item.rule.paths]
             parts = parts if item.layer is None else [part[item.layer] for part in parts]
-            if not all(map(_finite, parts)):
+            if not all(map(finite, parts)):
                 raise InputError(f"params: {item.rule.paths[0]} holds NaN or infinite numbers, so nothing was saved.")
             value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
             yield value.T if item.rule.transpose else value

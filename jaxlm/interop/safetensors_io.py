@@ -110,7 +110,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
     try:
         kind, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        sound = all(type(number) is int and number >= 0 for number in (*shape, start, stop)) and start <= stop
+        sound = isinstance(kind, str) and start <= stop
+        sound = sound and all(type(number) is int and number >= 0 for number in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:

@@ -50,7 +50,7 @@ def submit_once(launcher: Launcher, job: Job) -> tuple[Handle, bool]:
                 f"{job.directory / HANDLE_FILE}: this result is being made by the {before.launcher} job "
                 f"{before.id}, and launch.kind={launcher.name}; wait for it or cancel it, then delete the file."
             )
-        if before is not None and launcher.restarts and launcher.poll(before).phase != "ended":
+        if before is not None and launcher.restarts and launcher.poll(before).phase in ("waiting", "running"):
             return before, True
         handle = launcher.submit(job)
         write_atomic(job.directory / HANDLE_FILE, json.dumps(handle.to_json(), indent=1).encode())

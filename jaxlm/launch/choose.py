@@ -16,7 +16,7 @@ def for_stage(cfg: LaunchConfig, stage: str) -> Launcher:
     if cfg.kind == "slurm" and stage in cfg.stages:
         return SlurmLauncher(cfg.slurm)
     if cfg.kind == "kubernetes" and stage in cfg.stages:
-        return KubernetesLauncher(cfg.kubernetes)
+        return KubernetesLauncher(cfg.kubernetes, grace=cfg.grace_seconds)
     return LocalLauncher()
 
 

@@ -7,20 +7,19 @@ adds whatever login the cluster wants. The pods must mount the store under the p
 
 from __future__ import annotations
 
-import os
+import math
 import re
-import ssl
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from jaxlm._disk import write_atomic
 from jaxlm.errors import InputError, JaxlmError, UnavailableError
+from jaxlm.launch.kubernetes_api import ACCOUNT, ForbiddenError, KubernetesApi
 from jaxlm.launch.protocol import Handle, Job, Status
 from jaxlm.launch.tail import Tail
 from jaxlm.launch.template import rendered
@@ -28,10 +27,9 @@ from jaxlm.launch_config import KubernetesConfig
 
 AWAY_SECONDS = 600.0  # the API may be away for so long before a poll gives up
 START_SECONDS = 600.0  # a pod may fail to start (no image, no such secret) for so long before the job is given up
-REQUEST_SECONDS = 30.0
-POD_GRACE = 60  # seconds in the manifest between SIGTERM and SIGKILL
+POD_GRACE = 60  # seconds in the manifest between SIGTERM and SIGKILL, unless launch.grace_seconds is longer
+GONE_SECONDS = 30.0  # beyond that grace, in which a JobSet that is being deleted goes away
 
-_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/{namespace}/jobsets"
 _BROKEN = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError")
 
@@ -42,26 +40,29 @@ class KubernetesLauncher:
     name = "kubernetes"
     restarts = True
 
-    def __init__(self, cfg: KubernetesConfig, *, account: Path = _ACCOUNT) -> None:
-        self._cfg, self._account = cfg, account
+    def __init__(self, cfg: KubernetesConfig, *, grace: float = 0.0, account: Path = ACCOUNT) -> None:
+        self._cfg = cfg
+        self._api = KubernetesApi(cfg.api, account)
+        self._grace = max(POD_GRACE, math.ceil(grace))
         self.poll_seconds = cfg.poll_seconds
         self._tail: Tail | None = None
         self._away_since: float | None = None
         self._broken_since: float | None = None
 
     def submit(self, job: Job) -> Handle:
-        """Creates the JobSet. One of the same name that runs is taken over, one that has ended is replaced."""
+        """Creates the JobSet. One of the same name that runs is taken over, one that has ended or ends is replaced."""
         self._tail = Tail(job.directory / "log.txt")
         text = self.manifest(job)
         name = jobset_name(job.name)
         write_atomic(job.directory / "launch.yaml", text.encode())
         found = self._get(name)
-        if found is not None and _finished(found):
+        if found is not None and (_finished(found) or _deleted(found)):
             self._delete(name)
-            self._gone_within(name, 60.0)
+            if not self._gone_within(name, self._grace + GONE_SECONDS):
+                raise UnavailableError(f"JobSet {name}: an earlier one is still being deleted; try again later.")
             found = None
         if found is None:
-            self._request("POST", self._path(), json=yaml.safe_load(text), accept=(409,))
+            self._api.request("POST", self._path(), json=yaml.safe_load(text), accept=(409,))
         return Handle(
             launcher=self.name,
             id=name,
@@ -90,7 +91,7 @@ class KubernetesLauncher:
             processes=job.processes,
             command=list(job.command),
             env=dict(job.env),
-            grace_seconds=POD_GRACE,
+            grace_seconds=self._grace,
             node_selector=dict(line.split("=", 1) for line in cfg.node_selector),
             **{
                 field: getattr(cfg, field)
@@ -106,7 +107,7 @@ class KubernetesLauncher:
         try:
             found = self._get(handle.id)
             status = self._status(handle, found)
-        except UnavailableError as error:
+        except (UnavailableError, ForbiddenError) as error:
             now = time.monotonic()
             self._away_since = self._away_since or now
             if now - self._away_since > AWAY_SECONDS:
@@ -119,11 +120,11 @@ class KubernetesLauncher:
         """Deletes the JobSet: its pods get SIGTERM, and SIGKILL after the grace that the manifest gives them."""
         try:
             self._delete(handle.id)
-            if self._gone_within(handle.id, max(grace, POD_GRACE) + 30.0):
+            if self._gone_within(handle.id, max(grace, self._grace) + GONE_SECONDS):
                 return Status("ended", cancelled=True, reason=f"JobSet {handle.id} was deleted")
         except JaxlmError as error:
             print(error, file=sys.stderr)
-        return Status("running", reason=f"JobSet {handle.id} was told to end and has not ended yet")
+        return Status("ending", reason=f"JobSet {handle.id} was told to end and has not ended yet")
 
     def logs(self, handle: Handle) -> list[str]:
         """What process 0 has added to log.txt in the stage's directory."""
@@ -137,6 +138,8 @@ class KubernetesLauncher:
         pods = self._pods(handle.id)
         if _has(found, "Completed"):
             return Status("ended", exit_code=0)
+        if _deleted(found):
+            return Status("ending", reason=f"JobSet {handle.id} is being deleted")
         if _has(found, "Failed"):
             return self._failed(handle, pods)
         if _has(found, "Suspended"):
@@ -185,7 +188,7 @@ class KubernetesLauncher:
         return Status("waiting", reason=f"the pods of JobSet {handle.id} are starting")
 
     def _pods(self, name: str) -> list[dict[str, Any]]:
-        found = self._request(
+        found = self._api.request(
             "GET",
             f"/api/v1/namespaces/{self._cfg.namespace}/pods",
             params={"labelSelector": f"jobset.sigs.k8s.io/jobset-name={name}"},
@@ -196,18 +199,18 @@ class KubernetesLauncher:
         """The end of a pod's output: what there is to see when a stage did not get as far as its own sentence."""
         try:
             path = f"/api/v1/namespaces/{self._cfg.namespace}/pods/{_name(pod)}/log"
-            text = self._send("GET", path, params={"tailLines": "5"}).text
+            text = self._api.send("GET", path, params={"tailLines": "5"}).text
         except JaxlmError:
             return ""
         return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
 
     def _get(self, name: str) -> dict[str, Any] | None:
-        found = self._request("GET", self._path(name), accept=(404,))
+        found = self._api.request("GET", self._path(name), accept=(404,))
         return found if found.get("kind") == "JobSet" else None
 
     def _delete(self, name: str) -> None:
         # Foreground: the JobSet is gone when its pods are.
-        self._request("DELETE", self._path(name), json={"propagationPolicy": "Foreground"}, accept=(404,))
+        self._api.request("DELETE", self._path(name), json={"propagationPolicy": "Foreground"}, accept=(404,))
 
     def _gone_within(self, name: str, seconds: float) -> bool:
         end = time.monotonic() + seconds
@@ -220,68 +223,10 @@ class KubernetesLauncher:
     def _path(self, name: str = "") -> str:
         return _JOBSETS.format(namespace=self._cfg.namespace) + (f"/{name}" if name else "")
 
-    def _request(self, method: str, path: str, *, accept: tuple[int, ...] = (), **given: Any) -> dict[str, Any]:
-        """The JSON of an answer, or of one of the refusals in `accept`."""
-        response = self._send(method, path, accept=accept, **given)
-        try:
-            value = response.json()
-        except ValueError:
-            value = None
-        if response.status_code == 404 and value is None:  # the path itself is unknown, not an object under it
-            raise _refused(response, path)
-        if not isinstance(value, dict):
-            raise UnavailableError(f"{self._base()}: this does not answer as a Kubernetes API does.")
-        return value
-
-    def _send(self, method: str, path: str, *, accept: tuple[int, ...] = (), **given: Any) -> httpx.Response:
-        token = self._account / "token"
-        headers = {}
-        verify: Any = True
-        if not self._cfg.api:
-            try:
-                headers["Authorization"] = f"Bearer {token.read_text().strip()}"  # read anew: tokens are replaced
-            except OSError:
-                raise InputError(
-                    "launch.kubernetes.api: empty, and this is no pod of a cluster; start kubectl proxy and set it to "
-                    "http://127.0.0.1:8001."
-                ) from None
-            verify = ssl.create_default_context(cafile=str(self._account / "ca.crt"))
-        try:
-            with httpx.Client(base_url=self._base(), verify=verify, timeout=REQUEST_SECONDS) as client:
-                response = client.request(method, path, headers=headers, **given)
-        except httpx.HTTPError as error:
-            raise UnavailableError(f"{self._base()}: the Kubernetes API is away ({error}).") from None
-        if response.is_success or response.status_code in accept:
-            return response
-        raise _refused(response, path)
-
-    def _base(self) -> str:
-        if self._cfg.api:
-            return self._cfg.api
-        host, port = os.environ.get("KUBERNETES_SERVICE_HOST", "kubernetes.default.svc"), "443"
-        return f"https://{host}:{os.environ.get('KUBERNETES_SERVICE_PORT', port)}"
-
 
 def jobset_name(job: str) -> str:
     """A name that Kubernetes takes, and that leaves room for the suffixes of its pods."""
     return "jaxlm-" + re.sub(r"[^a-z0-9]+", "-", job.lower())[:46].strip("-")
-
-
-def _refused(response: httpx.Response, path: str) -> JaxlmError:
-    """A refusal of the API as an error of ours."""
-    try:
-        message = str(response.json().get("message", ""))
-    except (ValueError, AttributeError):
-        message = response.text
-    said = " ".join(message.split())[:300] or response.reason_phrase
-    code = response.status_code
-    if code >= 500 or code in (408, 429):
-        return UnavailableError(f"the Kubernetes API is away ({code}: {said}).")
-    if code in (401, 403):
-        return InputError(f"launch.kubernetes: the API does not let us ({said}); see docs/clusters.md for the role.")
-    if code == 404 and "/jobsets" in path:
-        return InputError(f"launch.kubernetes: the cluster has no API for JobSets ({said}); install JobSet.")
-    return InputError(f"launch.kubernetes: the API refused the job ({said}); correct the settings or the template.")
 
 
 def _has(found: dict[str, Any], kind: str) -> bool:
@@ -291,6 +236,11 @@ def _has(found: dict[str, Any], kind: str) -> bool:
 
 def _finished(found: dict[str, Any]) -> bool:
     return _has(found, "Completed") or _has(found, "Failed")
+
+
+def _deleted(found: dict[str, Any]) -> bool:
+    """Whether it is on its way out: it stays until its pods have ended."""
+    return "deletionTimestamp" in found.get("metadata", {})
 
 
 def _name(pod: dict[str, Any]) -> str:

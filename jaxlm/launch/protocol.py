@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Phase = Literal["waiting", "running", "ended"]
+Phase = Literal["waiting", "running", "ending", "ended"]
 
 # The environment by which the processes of one job find one another (`jaxlm.parallel.processes`).
 COORDINATOR = "JAXLM_COORDINATOR"  # host:port of process 0
@@ -78,7 +78,7 @@ class Status:
     """What a launcher knows of a job.
 
     Attributes:
-        phase: waiting for machines, running, or ended.
+        phase: waiting for machines, running, told to end and not to be gone on with, or ended.
         exit_code: of an ended job; None where nobody knows it (the machine went away with it).
         preempted: its machine was taken away: worth starting again from its checkpoint.
         cancelled: a person ended it: nothing is started again without being asked.

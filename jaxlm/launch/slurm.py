@@ -27,7 +27,7 @@ UNKNOWN_SECONDS = 60.0  # a job that has just been submitted may not be in the a
 COMMAND_SECONDS = 60.0  # that a tool may take
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-_RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
+_RUNNING = {"RUNNING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
 # How Slurm ends a job that did nothing wrong.
 _PREEMPTED = {
     "PREEMPTED": "was preempted",
@@ -81,7 +81,7 @@ class SlurmLauncher:
             name=job.name,
             directory=str(job.directory),
             workdir=os.getcwd(),
-            nodes=cfg.nodes,
+            nodes=min(cfg.nodes, job.processes),  # srun gives each at least one process
             processes=job.processes,
             cpus_per_task=cfg.cpus_per_task,
             gpus_per_task=cfg.gpus_per_task,
@@ -113,6 +113,8 @@ class SlurmLauncher:
             return Status("waiting", reason=f"Slurm job {handle.id} is {state.lower()}")
         if state in _RUNNING:
             return Status("running")
+        if state == "COMPLETING":
+            return Status("ending")
         if state == "COMPLETED":
             return Status("ended", exit_code=0)
         if state in _PREEMPTED:
@@ -132,7 +134,7 @@ class SlurmLauncher:
         if status is None:
             self._quietly(["scancel", handle.id])
             status = self._ended_within(handle, grace + self._cfg.kill_wait)
-        return status or Status("running", reason=f"Slurm job {handle.id} was cancelled and has not ended yet")
+        return status or Status("ending", reason=f"Slurm job {handle.id} was cancelled and has not ended yet")
 
     def logs(self, handle: Handle) -> list[str]:
         """What the job has added to log.txt in the stage's directory."""
@@ -162,9 +164,10 @@ class SlurmLauncher:
         return "", 0
 
     def _job_named(self, name: str) -> str | None:
-        """The number of a job of ours of that name that has not ended."""
-        out = self._run(["squeue", "--me", "--noheader", "--name", name, "--format=%i"])
-        return next((line.strip() for line in out.splitlines() if line.strip()), None)
+        """The number of a job of ours of that name that has not ended. squeue lists those that are ending too (CG)."""
+        out = self._run(["squeue", "--me", "--noheader", "--name", name, "--format=%i %t"])
+        found = (line.split() for line in out.splitlines() if line.strip())
+        return next((words[0] for words in found if words[-1] != "CG"), None)
 
     def _ended_within(self, handle: Handle, seconds: float) -> Status | None:
         end = time.monotonic() + seconds

@@ -90,8 +90,19 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
+def product(x: jax.Array, turned: jax.Array, dtype: jnp.dtype | type | None = None) -> jax.Array:
+    """x [..., inputs] times a matrix that is kept as [outputs, inputs]: [..., outputs] in `dtype`, by default x's.
+
+    On a CPU, XLA's product of 2 to 64 rows repacks one operand, and reads weights twice as fast when they come first,
+    turned round: 16 GB/s, not 8, at 8 rows (docs/decoding.md). The barrier keeps XLA from turning the product round.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.optimization_barrier(jnp.matmul(turned, rows.T, preferred_element_type=dtype)).T
+    return y.reshape(*x.shape[:-1], turned.shape[0])
+
+
 class Linear(nn.Module):
-    """x @ kernel (+ bias); the kernel is [inputs, outputs]."""
+    """x @ kernel (+ bias); the kernel is [inputs, outputs], or, prepared for decoding, `turned` around."""
 
     features: int
     axes: tuple[str, str]
@@ -100,8 +111,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", declared(self.kernel_init, *self.axes), (x.shape[-1], self.features), jnp.float32)
-        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", "turned"):
+            y = product(x, self.get_variable("params", "turned").astype(x.dtype))
+        else:
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", declared(self.kernel_init, *self.axes), shape, jnp.float32)
+            y = x @ kernel.astype(x.dtype)
         if self.use_bias:
             bias = self.param("bias", declared(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32)
             y = y + bias.astype(x.dtype)

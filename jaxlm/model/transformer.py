@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig, TrainConfig
 from jaxlm.errors import InputError
 from jaxlm.model.attention import cache_mask, training_mask
-from jaxlm.model.blocks import Block, Context, Norm, declared, dropout
+from jaxlm.model.blocks import Block, Context, Norm, declared, dropout, product
 from jaxlm.model.cache import Cache
 from jaxlm.model.embed import embed, linked
 from jaxlm.model.positions import rotary_tables
@@ -262,7 +262,12 @@ def unembed(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     if cfg.kind == "bigram":
         return hidden.astype(jnp.float32)
     with jax.named_scope("unembed"):
-        if cfg.tie_embeddings:
+        turned = params.get("head", {}).get("turned")
+        if cfg.tie_embeddings and isinstance(params.get("blocks"), tuple):
+            turned = params["embed"]["tokens"]
+        if turned is not None:  # made for decoding
+            logits = product(hidden, turned.astype(hidden.dtype), jnp.float32)
+        elif cfg.tie_embeddings:
             kernel = params["embed"]["tokens"].astype(hidden.dtype)
             logits = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
         else:

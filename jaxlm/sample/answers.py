@@ -13,10 +13,12 @@ import numpy as np
 from jaxlm.sample import decode as decoding
 from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.decode import State
-from jaxlm.sample.requests import Request
+from jaxlm.sample.requests import Entry
 
 Reason = Literal["stop", "length", "error"]
-REASONS: dict[int, Reason] = {decoding.STOP: "stop", decoding.LENGTH: "length", decoding.ERROR: "error"}
+REASONS: dict[int, Reason | None] = {
+    decoding.RUNNING: None, decoding.STOP: "stop", decoding.LENGTH: "length", decoding.ERROR: "error"
+}  # fmt: skip
 STRIDE = 8  # tokens decoded between two looks for a stop string
 
 
@@ -30,7 +32,7 @@ class Generation:
         text: `tokens` decoded, without the stop id, and up to the stop string; None without a tokenizer.
         log_probs: of each new token under the model itself, before any filter; nats.
         finish_reason: `stop` (a stop id or string), `length` (max_new_tokens), or `error` (the logits held a NaN, or
-            left no token to choose; tokens before that are valid).
+            left no token to choose; tokens before that are valid). None: it still runs (`engine.peek`).
         top_log_probs: for each new token the (id, log-probability) of those most likely under the model itself, best
             first, as many as were asked for; None where none were.
     """
@@ -38,7 +40,7 @@ class Generation:
     tokens: list[int]
     text: str | None
     log_probs: list[float]
-    finish_reason: Reason
+    finish_reason: Reason | None
     top_log_probs: list[list[tuple[int, float]]] | None = None
 
 
@@ -65,7 +67,7 @@ def arrays(state: State) -> Arrays:
 def read(
     row: Arrays, *, stops: tuple[str, ...] = (), stop_ids: Sequence[int] = (), tokenizer: Decodes | None = None
 ) -> Generation:
-    """The answer in a row that has finished.
+    """The answer in a row, as far as it has come.
 
     Args:
         row: of one row.
@@ -80,7 +82,7 @@ def read(
 
 
 def read_group(
-    group: list[Request], rows: Arrays, stops: tuple[str, ...], stop_ids: Sequence[int], tokenizer: Decodes | None
+    group: list[Entry], rows: Arrays, stops: tuple[str, ...], stop_ids: Sequence[int], tokenizer: Decodes | None
 ) -> dict[tuple[int, int], Generation]:
     """The answers of a group's rows, by the number of the prompt and the sample."""
     host = Arrays(*jax.device_get(tuple(rows)))

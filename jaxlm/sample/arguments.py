@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import jax
@@ -134,7 +134,17 @@ def check_ends(
     """What ends an answer: strings and ids.
 
     Raises:
-        InputError: a stop string that is empty or has no tokenizer, or a stop id outside the vocabulary.
+        InputError: a stop string that is empty or has no tokenizer, or a stop id outside the vocabulary, the model's
+            or the tokenizer's.
+    """
+    return check_stops(stop, tokenizer), check_stop_ids(cfg, stop_ids, real_vocab(cfg, tokenizer))
+
+
+def check_stop_ids(cfg: ModelConfig, stop_ids: Iterable[int], n_vocab: int) -> tuple[int, ...]:
+    """The ids that end an answer; none is produced from `n_vocab` on.
+
+    Raises:
+        InputError: something else than ids, or one outside the vocabulary, the model's or the tokenizer's.
     """
     if isinstance(stop_ids, str | Mapping) or not _iterable(stop_ids):
         raise InputError(f"stop_ids: expected a list of token ids, found {found(stop_ids)}; one id is stop_ids=(5,).")
@@ -144,8 +154,13 @@ def check_ends(
             raise InputError(f"stop_ids: expected token ids, found {found(token)} among them.")
         if not 0 <= token < cfg.vocab_size:
             raise InputError(f"stop_ids: {token} is outside the vocabulary of {cfg.vocab_size} tokens.")
+        if token >= n_vocab:
+            raise InputError(
+                f"stop_ids: {token} is never produced, for ids from {n_vocab} on, which the tokenizer lacks, are "
+                "padding of the model's vocabulary; leave it out."
+            )
         ids.append(operator.index(token))
-    return check_stops(stop, tokenizer), tuple(ids)
+    return tuple(ids)
 
 
 def check_stops(stop: str | Iterable[str], tokenizer: Decodes | None) -> tuple[str, ...]:
@@ -189,7 +204,10 @@ def check_slots(slots: int | None, requests: int, most: int) -> int:
 
 def real_vocab(cfg: ModelConfig, tokenizer: Decodes | None) -> int:
     """Ids from here on are padding of the vocabulary, never produced."""
-    return cfg.vocab_size if tokenizer is None else min(cfg.vocab_size, tokenizer.vocab_size)
+    if tokenizer is None:
+        return cfg.vocab_size
+    # A tokenizer of transformers leaves added tokens, such as those that end a turn, out of its vocab_size.
+    return min(cfg.vocab_size, len(tokenizer) if isinstance(tokenizer, Sized) else tokenizer.vocab_size)
 
 
 def check_tokenizer(tokenizer: object, *methods: str) -> None:

@@ -18,10 +18,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxlm.errors import InputError
-from jaxlm.sample import exact
+from jaxlm.sample import arguments, exact
 
 _WINDOW = 64
 _WINDOW_FROM = 8192  # below this vocabulary the search is fast enough to do without a second path
+_LARGEST_WINDOW = 1024  # places that `exact.sums_where` may add up
 _GROUP = 16  # members of a group in `most_likely`: measured at 4 to 48, for vocabularies of 50,257 and 151,936
 _GROUPED_FROM = 32768  # below this, one `top_k` is as fast
 
@@ -87,10 +88,11 @@ def per_row(logits: jax.Array, *options: ArrayLike) -> Options:
         numpy: Any = jnp if isinstance(option, jax.Array) else np
         try:
             return numpy.broadcast_to(numpy.asarray(option, dtype), logits.shape[:-1]).reshape(-1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError) as error:
             found = f"shape {option.shape}" if hasattr(option, "shape") else f"{option!r:.60}"
             rows = f" or {logits.shape[:-1]} of them" if logits.ndim > 1 else ""
-            raise InputError(f"{name}: must be a number{rows}, found {found}.") from None
+            room = f" that {np.dtype(dtype)} can hold" if isinstance(error, OverflowError) else ""
+            raise InputError(f"{name}: must be a number{rows}{room}, found {found}.") from None
 
     return Options(*(spread(*item) for item in zip(Options._fields, options, _TYPES, strict=True)))
 
@@ -203,8 +205,14 @@ def search(rows: Rows, y: jax.Array, prob: jax.Array) -> Cut:
 
 
 def width(vocab: int, window: int | None) -> int:
-    """W, tokens in the window; 0: there is none."""
-    return min((_WINDOW if vocab >= _WINDOW_FROM else 0) if window is None else window, vocab)
+    """W, tokens in the window; 0: there is none.
+
+    Raises:
+        InputError: `window` is no integer of at least 0.
+    """
+    if window is None:
+        window = _WINDOW if vocab >= _WINDOW_FROM else 0
+    return min(arguments.check_count("window", window, 0), _LARGEST_WINDOW, vocab)
 
 
 def most_likely(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
@@ -217,7 +225,7 @@ def most_likely(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """
     batch, vocab = x.shape
     groups = -(-vocab // _GROUP)
-    if vocab < _GROUPED_FROM or groups < width:
+    if vocab < _GROUPED_FROM or groups < width or batch * vocab >= 2**31:  # places in all rows are int32
         largest, place = lax.top_k(x, width)
         return largest, place
     # Group g has the entries g, g + groups, ...: their maximum runs along whole vectors.

@@ -87,8 +87,9 @@ def prepare(cfg: ModelConfig, params: Params) -> Params:
     """The parameters laid out for decoding; idempotent, and `forward` gives the same values with either.
 
     Layers become one dict each: slicing a layer out of stacked weights costs a copy of it at every step (a SmolLM2-135M
-    step takes 22 ms this way and 160 ms unrolled over slices on two cores). Matrices, embeddings and the blocks'
-    biases take the compute type, which `forward` would cast them to at every step.
+    step takes 22 ms this way and 160 ms unrolled over slices on two cores). Matrices are turned, [outputs, inputs],
+    and named so: see `jaxlm.model.blocks.product`. They, embeddings and the blocks' biases take the compute type, which
+    `forward` would cast them to at every step.
 
     Raises:
         InputError: `params` are not laid out as a model's weights.
@@ -104,9 +105,19 @@ def prepare(cfg: ModelConfig, params: Params) -> Params:
         return weight if used_as_is else weight.astype(dtype)
 
     out = jax.tree_util.tree_map_with_path(cast, params)
-    if cfg.kind == "transformer" and not isinstance(params["blocks"], tuple):
-        out["blocks"] = unstack(out["blocks"], cfg.n_layers)
+    if cfg.kind == "transformer":
+        blocks = out["blocks"] if isinstance(out["blocks"], tuple) else unstack(out["blocks"], cfg.n_layers)
+        out["blocks"] = tuple(map(_turned, blocks))
+        out |= {"head": _turned(out["head"])} if "head" in out else {}
     return out
+
+
+def _turned(weights: Params) -> Params:
+    """Matrices [inputs, outputs] named kernel as [outputs, inputs] named turned, at any depth; the rest as it is."""
+    if not isinstance(weights, dict):
+        return weights
+    named = {("turned" if name == "kernel" else name): weight for name, weight in weights.items()}
+    return {name: weight.T if name not in weights else _turned(weight) for name, weight in named.items()}
 
 
 @partial(jax.jit, static_argnames=("capacity", "n_new", "n_top"))
@@ -159,7 +170,7 @@ def decode_step(cfg: ModelConfig, params: Params, requests: Requests, state: Sta
 
 def draw(requests: Requests, state: State, logits: jax.Array) -> jax.Array:
     """Each row's next token from float32[B, V]: int32[B], -1 where there is none to choose."""
-    position = (requests.prompt >= 0).sum(-1) + state.n_new
+    position = (requests.prompt >= 0).sum(-1, dtype=jnp.int32) + state.n_new
     keys = jax.vmap(jax.random.fold_in)(requests.key, position)
     return sample_token(keys, adjust(logits, requests, state), **filters_of(requests))
 
@@ -241,7 +252,7 @@ def adjust(logits: jax.Array, requests: Requests, state: State) -> jax.Array:
 def history(requests: Requests, state: State) -> jax.Array:
     """Prompt and new tokens without a gap, int32[B, T + N], -1 after the end."""
     place = jnp.arange(requests.prompt.shape[1] + state.tokens.shape[1])
-    held = (requests.prompt >= 0).sum(-1, keepdims=True)
+    held = (requests.prompt >= 0).sum(-1, keepdims=True, dtype=jnp.int32)
     old = jnp.take(requests.prompt, place, axis=1, mode="fill", fill_value=-1)
     new = jnp.take_along_axis(state.tokens, jnp.maximum(place - held, 0), axis=1, mode="fill", fill_value=-1)
     return jnp.where(place < held, old, new)

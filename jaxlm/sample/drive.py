@@ -24,14 +24,13 @@ from jaxlm.sample.decode import Requests, State
 def start(
     cfg: ModelConfig,
     params: Params,
-    group: list[asking.Request],
+    group: list[asking.Entry],
     *,
     slots: int,
     key: jax.Array,
     stop_ids: tuple[int, ...],
     n_vocab: int,
     n_top: int = 0,
-    ahead: int = 0,
 ) -> tuple[Requests, State]:
     """A group's arrays, and its state before the first new token.
 
@@ -44,10 +43,9 @@ def start(
         stop_ids: ids that end an answer.
         n_vocab: ids from here on are never produced.
         n_top: most likely tokens to be noted of each new one.
-        ahead: places of the cache beyond the last token, for guesses.
     """
     width, room = asking.width(cfg, group[0]), asking.bucket(max(r.max_new for r in group))
-    capacity = cfg.max_seq_len if group[0].slides else asking.capacity(cfg, width, room + ahead)
+    capacity = cfg.max_seq_len if group[0].slides else asking.capacity(cfg, width, room)
     asked = asking.pack(group, slots, width, key, stop_ids, n_vocab)
     return asked, decoding.prefill(cfg, params, asked.prompt, capacity=capacity, n_new=room, n_top=n_top)
 

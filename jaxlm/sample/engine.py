@@ -3,6 +3,7 @@
     state = init(cfg, params, slots=8, capacity=1024, n_new=256)
     state = insert(cfg, params, state, slot, Request(prompt, 100), index=0)     # others keep their places
     state = step(cfg, params, state, 16)                                        # up to 16 tokens, or until one ends
+    seen = peek(state, slot)                                                    # of an answer that may still grow
     answer = harvest(state, slot)
     state = free(state, slot)
 
@@ -71,12 +72,14 @@ class EngineState(NamedTuple):
         requests: what the rows were asked for, one row a slot.
         rows: where they stand; a slot without a request has finished.
         used: bool[B], the slot holds a request, running or not yet freed.
+        key: typed key [], which the draws of requests without a seed follow from.
         idle: `requests` of one row, which free slots hold: options that cost nothing.
     """
 
     requests: decoding.Requests
     rows: decoding.State
     used: jax.Array
+    key: jax.Array
     idle: decoding.Requests
 
     @property
@@ -119,7 +122,7 @@ def init(
         slots: B, requests that decode together.
         capacity: tokens that a slot holds, prompt and answer; at most cfg.max_seq_len.
         n_new: tokens that an answer may have.
-        key: any key of the kind that requests will be inserted with.
+        key: as in `generate`; request `index` draws with fold_in(key, index), or from its own seed.
         n_vocab: ids from here on are padding of the vocabulary, never produced.
         n_top: most likely tokens to be noted of each new one.
 
@@ -132,20 +135,22 @@ def init(
     arguments.check_count("n_top", n_top, 0, cfg.vocab_size)
     if capacity > cfg.max_seq_len and cfg.kind != "bigram":
         raise InputError(f"capacity: must be at most the model's context of {cfg.max_seq_len}, found {capacity}.")
-    nobody = asking.Request(0, [0], Sampling(temperature=0), 1)
-    idle = asking.pack([nobody], 1, capacity, arguments.check_key(key), (), n_vocab or cfg.vocab_size)
-    return _empty(cfg, idle, slots=slots, capacity=capacity, n_new=n_new, n_top=n_top)
+    nobody = asking.Entry(0, [0], Sampling(temperature=0), 1)
+    key = arguments.check_key(key)
+    idle = asking.pack([nobody], 1, capacity, key, (), n_vocab or cfg.vocab_size)
+    return _empty(cfg, idle, key, slots=slots, capacity=capacity, n_new=n_new, n_top=n_top)
 
 
 @partial(jax.jit, static_argnames=("slots", "capacity", "n_new", "n_top"))
 def _empty(
-    cfg: ModelConfig, idle: decoding.Requests, *, slots: int, capacity: int, n_new: int, n_top: int
+    cfg: ModelConfig, idle: decoding.Requests, key: jax.Array, *, slots: int, capacity: int, n_new: int, n_top: int
 ) -> EngineState:
     return EngineState(
         requests=jax.tree.map(lambda leaf: jnp.repeat(leaf, slots, axis=0) if leaf.ndim else jnp.copy(leaf), idle),
         rows=decoding.blank(cfg, slots, capacity=capacity, n_new=n_new, n_top=n_top),
         used=jnp.zeros(slots, bool),
-        idle=jax.tree.map(jnp.copy, idle),  # buffers of its own, for the state will be used up
+        key=jnp.copy(key),  # buffers of its own, for the state will be used up
+        idle=jax.tree.map(jnp.copy, idle),
     )
 
 
@@ -156,9 +161,8 @@ def insert(
     slot: int,
     request: Request,
     *,
-    index: int = 0,
+    index: int,
     sample: int = 0,
-    key: jax.Array | int | None = None,
     overflow: Overflow = "refuse",
 ) -> EngineState:
     """Prefills a request and puts it into a free slot. Uses up `state`.
@@ -169,22 +173,22 @@ def insert(
         state: the engine.
         slot: 0 .. B-1.
         request: what to continue, and how. Its `stop` strings are for `serve`.
-        index: the request's number, which its draws depend on as in `generate`.
+        index: the request's number, which its draws depend on as in `generate`: each request one of its own.
         sample: number among the answers to the request, which its draws depend on as well.
-        key: typed PRNG key of the call, as in `generate`.
         overflow: as in `generate`; `slide` needs slots that hold the model's whole context.
 
     Raises:
-        InputError: a slot in use or out of range, or a request that is wrong or too long for the engine.
+        InputError: a slot in use or out of range, or a request that is wrong, too long for the engine, or to be ended
+            by an id that is never produced.
     """
     slot = _in_range(state, slot)
     if bool(state.used[slot]):
         raise InputError(f"slot: {slot} is in use; harvest and free it first, or take another.")
-    (row,) = checked(cfg, [request], state.capacity, state.n_new, overflow)
+    (row,) = checked(cfg, [request], state.capacity, state.n_new, overflow, int(state.requests.n_vocab))
     row = replace(
         row, index=arguments.check_count("index", index, 0), sample=arguments.check_count("sample", sample, 0)
     )
-    asked = asking.pack([row], 1, asking.width(cfg, row), arguments.check_key(key), tuple(request.stop_ids), 0)
+    asked = asking.pack([row], 1, asking.width(cfg, row), state.key, tuple(request.stop_ids), 0)
     return _insert(cfg, params, _widened(state, asked), np.int32(slot), asked)
 
 
@@ -230,13 +234,26 @@ def harvest(
     Raises:
         InputError: the slot is free, or its request still runs.
     """
+    answer = peek(state, slot, tokenizer=tokenizer, stop=stop)
+    if answer.finish_reason is None:
+        raise InputError(f"slot: the request in {slot} still runs; step until it ends, or peek.")
+    return answer
+
+
+def peek(
+    state: EngineState, slot: int, *, tokenizer: Decodes | None = None, stop: str | Sequence[str] = ()
+) -> Generation:
+    """The answer in a slot so far: of a request that still runs, the finish_reason is None, and the text may end within
+    a character. The state is not used up.
+
+    Raises:
+        InputError: the slot is free.
+    """
     slot = _in_range(state, slot)
     arguments.check_tokenizer(tokenizer)
     stops = arguments.check_stops(stop, tokenizer)
     if not bool(state.used[slot]):
         raise InputError(f"slot: {slot} holds no request.")
-    if int(state.rows.finished[slot]) == decoding.RUNNING:
-        raise InputError(f"slot: the request in {slot} still runs; step until it ends.")
     stop_ids = np.asarray(state.requests.stop_ids[slot]).tolist()
     row = answers.arrays(state.rows).row(slot)
     return answers.read(row, stops=stops, stop_ids=stop_ids, tokenizer=tokenizer)
@@ -271,12 +288,13 @@ def check_request(request: object) -> None:
 
 
 def checked(
-    cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None, overflow: str
-) -> list[asking.Request]:
+    cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None, overflow: str, n_vocab: int
+) -> list[asking.Entry]:
     """The requests as `generate` holds them.
 
     Raises:
-        InputError: one is wrong in itself, or too long for a slot of `capacity` tokens, `n_new` of them new.
+        InputError: one is wrong in itself, too long for a slot of `capacity` tokens, `n_new` of them new, or has a stop
+            id from `n_vocab` on.
     """
     for request in requests:
         check_request(request)
@@ -295,7 +313,7 @@ def checked(
             )
         if n_new is not None and row.max_new > n_new:
             raise InputError(f"max_new_tokens: {row.max_new} exceeds a slot's room for {n_new} new tokens.")
-        arguments.check_ends(cfg, (), request.stop_ids, None)
+        arguments.check_stop_ids(cfg, request.stop_ids, n_vocab)
     return rows
 
 

@@ -242,4 +242,5 @@ def _pivot(s: _Search) -> jax.Array:
 def reduce(arrays: tuple[jax.Array, ...], start: tuple[object, ...], combine: object) -> tuple[jax.Array, ...]:
     """Reduces the last axis of several arrays of one shape at once, by a function of two tuples."""
     # Variadic, because XLA's CPU backend makes one vectorised pass of it, and slow scalar loops of single reductions.
-    return tuple(lax.reduce(arrays, start, combine, (arrays[0].ndim - 1,)))  # type: ignore[arg-type]
+    typed = tuple(np.asarray(s, a.dtype) for s, a in zip(start, arrays, strict=True))  # for jax_enable_x64
+    return tuple(lax.reduce(arrays, typed, combine, (arrays[0].ndim - 1,)))  # type: ignore[arg-type]

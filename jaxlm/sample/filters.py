@@ -58,14 +58,14 @@ def filter_logits(
         top_p: scalar or [...].
         min_p: scalar or [...].
         typical_p: scalar or [...].
-        window: batches whose rows all have a top-k below this look only at `lax.top_k` of so many tokens; 0 turns that
-            off, and by default it is 64 from a vocabulary of 8192. It changes no bit of the result.
+        window: batches whose rows all have a top-k below this look only at `lax.top_k` of so many tokens, at most 1024;
+            0 turns that off, and by default it is 64 from a vocabulary of 8192. It changes no bit of the result.
 
     Returns:
         float32[..., V].
 
     Raises:
-        InputError: a vocabulary outside 1 .. 524,288.
+        InputError: a vocabulary outside 1 .. 524,288, a negative window, or an option that is no number.
 
     References:
         Fan et al. (arXiv 1805.04833) for top-k; Holtzman et al. (arXiv 1904.09751) for top-p; Nguyen et al.

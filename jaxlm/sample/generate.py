@@ -38,9 +38,9 @@ def generate(
     """Continues prompts.
 
     Requests are decoded `slots` at a time. A request's prompt is padded to a power of two T >= 16 and its cache to T
-    plus a power of two for the new tokens, whatever its neighbours are, and only requests of one T share a batch. So at
-    a fixed `slots` a request gets the same tokens alone, in any slot, with any neighbours; at another `slots` the last
-    bits of its logits may differ, and with them, rarely, a token.
+    plus a power of two for the new tokens, both to the context at most, whatever its neighbours are, and only requests
+    of one T share a batch. So at a fixed `slots` a request gets the same tokens alone, in any slot, with any
+    neighbours; at another `slots` the last bits of its logits may differ, and with them, rarely, a token.
 
     Compilations: one prefill and one decoding loop for each pair of T and new-token bucket that occurs, per `slots`:
     at most log2(max_seq_len / 16) + 2 values of T. No option's value compiles anything; more than 16 stop ids, or
@@ -64,10 +64,11 @@ def generate(
         tokenizer: decodes the answers; ids from its vocab_size on are padding of the model's vocabulary and never
             produced.
         slots: rows decoded together; by default a power of two, at most 64, that holds all samples.
-        overflow: what to do when prompt and new tokens exceed C = cfg.max_seq_len. `refuse`: an error. `crop`: drop the
-            prompt's first tokens. `slide`: see as many of the last tokens as fit; whenever they would be more than C,
-            go on with the last C // 2, at positions from 0. A prompt of more than C tokens is cut to C // 2 at once,
-            for the penalties too; they see all of the answer.
+        overflow: what to do when prompt and new tokens together exceed C = cfg.max_seq_len, the last new one counted
+            although the model never sees it. `refuse`: an error. `crop`: drop the prompt's first tokens. `slide`: see
+            as many of the last tokens as fit; whenever they would be more than C, go on with the last C // 2, at
+            positions from 0. A prompt of more than C tokens is cut to C // 2 at once, for the penalties too; they see
+            all of the answer.
         top_log_probs: most likely tokens to report at each new one.
 
     Returns:

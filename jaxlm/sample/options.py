@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from jaxlm.errors import InputError
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -21,6 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "no_repeat_ngram": (0, 2**31 - 1),
     "seed": (0, 2**32 - 1),
 }
+_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # options become float32
 _INTEGERS = ("top_k", "min_new_tokens", "no_repeat_ngram", "seed")
 
 
@@ -49,7 +52,7 @@ class Sampling:
         seed: makes the request's draws its own; empty: they follow from the call's key and the request's number.
 
     Raises:
-        InputError: a value of the wrong type, NaN, infinite or out of range.
+        InputError: a value of the wrong type, NaN, infinite in float32 or out of range.
     """
 
     temperature: float = 1.0
@@ -71,8 +74,11 @@ class Sampling:
             value = getattr(self, name)
             if value is not None or name != "seed":
                 _check(f"sampling.{name}", value, least, most, name in _INTEGERS)
-        if self.repetition_penalty == 0:
-            raise InputError("sampling.repetition_penalty: must be above 0, found 0; 1 turns it off.")
+        if self.repetition_penalty < _TINY:
+            raise InputError(
+                "sampling.repetition_penalty: must be above 0 in float32 (1.2e-38), found "
+                f"{self.repetition_penalty}; 1 turns it off."
+            )
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
         try:
             biases = tuple((token, bias) for token, bias in pairs)
@@ -99,10 +105,15 @@ class Sampling:
 def _check(name: str, value: object, least: float, most: float, integer: bool) -> None:
     if isinstance(value, bool) or not hasattr(value, "__index__" if integer else "__float__"):
         raise InputError(f"{name}: must be {'an integer' if integer else 'a number'}, found {value!r}.")
-    number = float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or not least <= number <= most:
         if most == math.inf:
             expected = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
         else:
             expected = f"between {least:g} and {most:g}"
-        raise InputError(f"{name}: must be {expected}, found {value!r}.")
+        raise InputError(f"{name}: must be {expected}, found {value!r:.60}.")
+    if not integer and abs(number) > _HUGE:
+        raise InputError(f"{name}: must be at most 3.4e38 in size, as float32 is, found {value!r:.60}.")

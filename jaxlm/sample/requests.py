@@ -20,7 +20,7 @@ Overflow = Literal["refuse", "crop", "slide"]
 
 
 @dataclass(frozen=True)
-class Request:
+class Entry:
     """One answer to be written.
 
     Attributes:
@@ -45,7 +45,7 @@ def bucket(n: int) -> int:
     return max(SMALLEST_BUCKET, 1 << max(n - 1, 0).bit_length())
 
 
-def width(cfg: ModelConfig, request: Request) -> int:
+def width(cfg: ModelConfig, request: Entry) -> int:
     """What the request's prompt is padded to: a power of two, or the context."""
     return min(bucket(len(request.prompt)), cfg.max_seq_len)
 
@@ -72,8 +72,11 @@ def check(
     n: int = 1,
     *,
     can_slide: bool = True,
-) -> list[Request]:
+) -> list[Entry]:
     """One request for each of the `n` samples of every prompt, prompt by prompt. See `generate` for the arguments.
+
+    Prompt and new tokens must fit the context together: so a prompt that fills it alone is too long, though its one new
+    token would never be fed. One rule for all lengths is easier to state than the place that it saves.
 
     Args:
         can_slide: the caller has a way to go on when the context is full.
@@ -108,13 +111,13 @@ def check(
         elif len(ids) > cfg.max_seq_len:
             ids = ids[-kept(cfg) :]
         slides = len(ids) + max_new > cfg.max_seq_len
-        out += [Request(i, ids, option, max_new, sample, slides) for sample in range(n)]
+        out += [Entry(i, ids, option, max_new, sample, slides) for sample in range(n)]
     return out
 
 
-def groups(cfg: ModelConfig, requests: list[Request], slots: int) -> list[list[Request]]:
+def groups(cfg: ModelConfig, requests: list[Entry], slots: int) -> list[list[Entry]]:
     """Requests of one compiled shape, at most `slots` together. A request's shape is its own, never its neighbours'."""
-    by_shape: dict[tuple[bool, int, int], list[Request]] = {}
+    by_shape: dict[tuple[bool, int, int], list[Entry]] = {}
     for request in requests:
         by_shape.setdefault((request.slides, width(cfg, request), bucket(request.max_new)), []).append(request)
     return [
@@ -123,7 +126,7 @@ def groups(cfg: ModelConfig, requests: list[Request], slots: int) -> list[list[R
 
 
 def pack(
-    group: list[Request], slots: int, width: int, key: jax.Array, stop_ids: tuple[int, ...], n_vocab: int
+    group: list[Entry], slots: int, width: int, key: jax.Array, stop_ids: tuple[int, ...], n_vocab: int
 ) -> decoding.Requests:
     """The group's arrays, filled up with rows that are not in use.
 
@@ -139,7 +142,7 @@ def pack(
     for row, request in enumerate(group):
         prompt[row, : len(request.prompt)] = request.prompt
     # Greedy, so that a batch of greedy requests with rows to spare still takes the sampler's short way.
-    rows = group + [Request(0, [], Sampling(temperature=0), 1)] * (slots - len(group))
+    rows = group + [Entry(0, [], Sampling(temperature=0), 1)] * (slots - len(group))
 
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
         return np.array([getattr(r.sampling, name) for r in rows], dtype)
@@ -173,7 +176,7 @@ def pack(
     return decoding.Requests(key=_keys(rows, key), **jax.device_put(arrays))
 
 
-def _keys(rows: list[Request], key: jax.Array) -> jax.Array:
+def _keys(rows: list[Entry], key: jax.Array) -> jax.Array:
     index = np.array([r.index for r in rows], np.uint32)
     seed = np.array([r.sampling.seed or 0 for r in rows], np.uint32)
     sample = np.array([r.sample for r in rows], np.uint32)

@@ -46,7 +46,7 @@ def sample_token(
         int32[...]; -1 for a row without a distribution: a NaN among its logits, nothing but -inf, or a bad option.
 
     Raises:
-        InputError: a vocabulary outside 1 .. 524,288, or keys that do not match the rows.
+        InputError: as `filter_logits`, or keys that do not match the rows.
     """
     logits = jnp.asarray(logits)
     dtype, shape = getattr(keys, "dtype", None), getattr(keys, "shape", ())
@@ -124,9 +124,9 @@ def _inverse_cdf(prob: jax.Array, u: tuple[jax.Array, ...]) -> jax.Array:
     cumulative = exact.running(exact.block_sums(weight))
     mark = exact.scaled(exact.Digits(*(digit[:, -1] for digit in cumulative)), u)
     mark = exact.Digits(*(digit[:, None] for digit in mark))
-    block = (~exact.above(cumulative, mark)).sum(-1, keepdims=True)
+    block = (~exact.above(cumulative, mark)).sum(-1, keepdims=True, dtype=jnp.int32)
     earlier = jnp.maximum(block - 1, 0)
     before = (jnp.where(block > 0, jnp.take_along_axis(digit, earlier, axis=1), 0) for digit in cumulative)
     members = exact.Limbs(*(jnp.take_along_axis(limb, block[:, :, None], axis=1)[:, 0] for limb in weight))
     inside = exact.plus(exact.Digits(*before), exact.running(members))
-    return block[:, 0] * prob.shape[2] + (~exact.above(inside, mark)).sum(-1)
+    return block[:, 0] * prob.shape[2] + (~exact.above(inside, mark)).sum(-1, dtype=jnp.int32)

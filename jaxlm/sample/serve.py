@@ -71,8 +71,9 @@ def serve(
     if not isinstance(requests, Iterable):
         found = arguments.found(requests)
         raise InputError(f"requests: expected a list or an iterator of jaxlm.sample.Request, found {found}.")
+    n_vocab = arguments.real_vocab(cfg, tokenizer)
     if isinstance(requests, Sequence):
-        rows = engine.checked(cfg, requests, capacity, n_new, overflow)
+        rows = engine.checked(cfg, requests, capacity, n_new, overflow, n_vocab)
         n_new = n_new or bucket(max((r.max_new for r in rows), default=1))
         needed = max((asking.width(cfg, r) for r in rows), default=1) + n_new
         if any(r.slides for r in rows):
@@ -88,9 +89,9 @@ def serve(
     params = decoding.prepare(cfg, params)
     state = engine.init(
         cfg, params, slots=slots, capacity=capacity, n_new=n_new or max(capacity // 2, 1), key=key,
-        n_vocab=arguments.real_vocab(cfg, tokenizer), n_top=top_log_probs,
+        n_vocab=n_vocab, n_top=top_log_probs,
     )  # fmt: skip
-    insert = partial(engine.insert, cfg, params, key=arguments.check_key(key), overflow=overflow)
+    insert = partial(engine.insert, cfg, params, overflow=overflow)
 
     def advance(state: EngineState) -> EngineState:
         return engine.step(cfg, params, engine.slide(cfg, params, state) if overflow == "slide" else state, steps)

@@ -40,7 +40,6 @@ from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.decode import Requests, State
 from jaxlm.sample.filters import filter_logits
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import bucket
 from jaxlm.sample.sampler import draw_kept, sample_token
 
 
@@ -157,7 +156,7 @@ def speculate(
     dparams = decoding.prepare(cfg, params)
     begin = partial(
         drive.start, slots=slots, key=arguments.check_key(key), stop_ids=stop_ids,
-        n_vocab=arguments.real_vocab(cfg, tokenizer), ahead=bucket(n_draft + 1),  # guesses may reach beyond the end
+        n_vocab=arguments.real_vocab(cfg, tokenizer),
     )  # fmt: skip
     decode = partial(_decode, cfg, dparams, draft_cfg, draft_params, n_draft=n_draft, max_ngram=max_ngram)
 
@@ -243,7 +242,7 @@ def _check(
         )
         after = decoding.extend(requests, state, cache, logits, drawn, accepted)
     running = state.finished == decoding.RUNNING
-    proposed = jnp.where(running, (guesses >= 0).sum(-1), 0)
+    proposed = jnp.where(running, (guesses >= 0).sum(-1, dtype=jnp.int32), 0)
     taken = jnp.minimum(after.n_new - state.n_new, jnp.where(running, accepted, 0))
     counts = run.counts + jnp.stack([running.astype(jnp.int32), proposed, taken], axis=1)
     return run._replace(state=after, counts=counts)

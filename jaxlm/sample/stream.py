@@ -102,7 +102,7 @@ def stream(
 class _Answer:
     """One request's tokens, decoded as they are asked for."""
 
-    def __init__(self, cfg: ModelConfig, params: Params, request: asking.Request, asked: dict[str, Any]) -> None:
+    def __init__(self, cfg: ModelConfig, params: Params, request: asking.Entry, asked: dict[str, Any]) -> None:
         self.cfg, self.params, self.request, self.asked = cfg, params, request, asked
         self.reason: Reason | None = None
         self._row: Any = None  # the leaves of its state, on the host

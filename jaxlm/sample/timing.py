@@ -27,10 +27,13 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params, forward, init, unembed
+from jaxlm.sample import arguments
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.decode import Requests, State
 from jaxlm.sample.options import Sampling
+
+LENGTHS = (16, 128, 512)  # of prompts, where none are named
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Timings:
         bytes_per_s: read bandwidth measured beside the rest.
         new_tokens: steps timed together.
         repeats: of every measurement.
+        sampling: the options of all rows, which the figures of sampling are for.
         prompts: by prompt length.
         batches: by batch size.
     """
@@ -84,6 +88,7 @@ class Timings:
     bytes_per_s: float
     new_tokens: int
     repeats: int
+    sampling: Sampling
     prompts: tuple[PromptTiming, ...]
     batches: tuple[BatchTiming, ...]
 
@@ -132,7 +137,7 @@ def measure(
     *,
     name: str = "model",
     batch_sizes: Sequence[int] = (1, 8),
-    prompt_lengths: Sequence[int] = (16, 128, 512),
+    prompt_lengths: Sequence[int] | None = None,
     new_tokens: int = 32,
     repeats: int = 5,
     sampling: Sampling | None = None,
@@ -145,21 +150,23 @@ def measure(
         params: its weights; random ones when empty: time does not depend on them.
         name: shown with the result.
         batch_sizes: rows that decode together; their prompts have the shortest of `prompt_lengths`.
-        prompt_lengths: tokens of the prompts whose first token is timed.
+        prompt_lengths: tokens of the prompts whose first token is timed; by default those of 16, 128 and 512 that the
+            context has room for.
         new_tokens: steps timed together.
         repeats: of every measurement; the median counts.
         sampling: options of all rows; by default top_k=50 and top_p=0.9.
         bandwidth_size: bytes to read for the bandwidth.
 
     Raises:
-        InputError: a size below 1, or a prompt and its new tokens beyond the context.
+        InputError: a size below 1, a prompt and its new tokens beyond the context, or answers that end too soon to be
+            timed, for their logits hold a NaN.
     """
-    sizes = [("batch_sizes", n) for n in batch_sizes] + [("prompt_lengths", n) for n in prompt_lengths]
+    sizes = [("batch_sizes", n) for n in batch_sizes] + [("prompt_lengths", n) for n in prompt_lengths or ()]
     for field, n in (*sizes, ("new_tokens", new_tokens), ("repeats", repeats), ("bandwidth_size", bandwidth_size)):
-        if n < 1:
-            raise InputError(f"{field}: must be at least 1, found {n}.")
-    if not batch_sizes or not prompt_lengths:
+        arguments.check_count(field, n)
+    if not batch_sizes or (prompt_lengths is not None and not prompt_lengths):
         raise InputError("batch_sizes and prompt_lengths: give at least one of each.")
+    prompt_lengths = _lengths(cfg, prompt_lengths, new_tokens)
     sampling = sampling or Sampling(top_k=50, top_p=0.9)
     params = init(cfg, jax.random.key(0)) if params is None else params
     params = jax.block_until_ready(decoding.prepare(cfg, params))
@@ -186,6 +193,7 @@ def measure(
         bytes_per_s=read_bandwidth(bandwidth_size, repeats),
         new_tokens=new_tokens,
         repeats=repeats,
+        sampling=sampling,
         prompts=tuple(
             PromptTiming(run.length, run.width, run.prefill_compile_s, statistics.median(seconds))
             for run, seconds in zip(runs, first, strict=True)
@@ -195,6 +203,24 @@ def measure(
             for run, seconds, drawn in zip(batches, steps, draws, strict=True)
         ),
     )
+
+
+def _lengths(cfg: ModelConfig, asked: Sequence[int] | None, new_tokens: int) -> Sequence[int]:
+    """The prompts' lengths: those asked for, or by default those that fit."""
+    room = cfg.max_seq_len - new_tokens
+    if room < 1:
+        raise InputError(
+            f"new_tokens: {new_tokens} leave no room for a prompt in the model's context of {cfg.max_seq_len}; take "
+            "fewer."
+        )
+    if asked is None:
+        return [n for n in LENGTHS if n <= room] or [room]
+    if max(asked) > room:
+        raise InputError(
+            f"prompt_lengths: {max(asked)} and {new_tokens} new tokens exceed the model's context of "
+            f"{cfg.max_seq_len}; take prompts of at most {room}, or fewer new tokens."
+        )
+    return asked
 
 
 class _Run:
@@ -214,10 +240,15 @@ class _Run:
         state, held = self._prefill(), self._prefill()  # decoding uses up the one
         decode, self.decode_compile_s = _compile(decoding.decode, cfg, params, self.asked, state, np.int32(1))
         self._decode = partial(decode, cfg, params, self.asked)
+        done = np.asarray(self._decode(state, np.int32(new_tokens)).n_new)
+        if (done < new_tokens).any():
+            raise InputError(
+                f"model: an answer ends after {done.min()} of {new_tokens} tokens, for the logits hold a NaN or the "
+                "options leave nothing to choose; its time would say nothing."
+            )
         logits = _logits(cfg, params, held)
         self._sample = partial(_sample, self.asked, held._replace(cache=None), logits)
         jax.block_until_ready(self._sample())
-        jax.block_until_ready(self._decode(state, np.int32(1)))
 
     def first_token(self) -> float:
         """Seconds from a prompt to its first token on the host."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Params
+from jaxlm.sample.options import Sampling
 from jaxlm.sample.timing import Timings, measure
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def table(timings: Timings) -> tuple[Table, Table]:
     bound = 1e3 * timings.roofline_s
     then = Table(
         title=f"{timings.name}: decoding",
-        caption=f"reading {size:.0f} MB of weights at the {speed:.1f} GB/s measured here takes {bound:.2f} ms a step",
+        caption=f"reading {size:.0f} MB of weights at the {speed:.1f} GB/s measured here takes {bound:.2f} ms a step\n"
+        f"sampling: {_options(timings.sampling)}",
     )
     for column in ("batch", "compile s", "step ms", "tokens/s", "sampling", "of the roofline"):
         then.add_column(column, justify="right")
@@ -41,6 +43,12 @@ def table(timings: Timings) -> tuple[Table, Table]:
             f"{b.sampling_share:.1%}", f"{timings.roofline_s / b.step_s:.0%}",
         )  # fmt: skip
     return first, then
+
+
+def _options(sampling: Sampling) -> str:
+    """The options that are not off, and the temperature."""
+    on = [f.name for f in fields(sampling) if f.name == "temperature" or getattr(sampling, f.name) != f.default]
+    return ", ".join(f"{name}={getattr(sampling, name)}" for name in on)
 
 
 def figure(timings: Timings) -> Figure:

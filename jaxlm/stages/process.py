@@ -7,22 +7,17 @@ files into `spec.directory` and returns a small JSON dict. Loads no jax.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from multiprocessing import parent_process
-from multiprocessing.context import SpawnContext, SpawnProcess
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -32,7 +27,9 @@ from jaxlm._lock import dir_lock
 from jaxlm.errors import BY_EXIT_CODE, DiskError, InputError, JaxlmError, Preempted
 from jaxlm.launch.protocol import n_processes, process_id
 from jaxlm.stages import provenance
-from jaxlm.stages.in_time import ends_in_time
+from jaxlm.stages.in_time import SIGNALS, ends_in_time
+from jaxlm.stages.orphans import PARENT, follow_parent
+from jaxlm.stages.orphans import Helpers as Helpers
 from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.stages.store import (
     check,
@@ -47,12 +44,9 @@ from jaxlm.stages.store import (
 
 StageRun = Callable[[Spec, Mapping[str, Manifest]], Mapping[str, Any]]
 
-PARENT = "JAXLM_PARENT"  # process number of the launcher: set, the stage ends when that process does
 COPY_LOG = "JAXLM_COPY_LOG"  # set: standard output goes to log.txt too, for a launcher that left us the terminal
-ORPHAN_GRACE = 30.0  # seconds that a stage whose launcher died has for saving
 
 _STOPPED = "{}: stopped on request; run the same command to continue."
-_PR_SET_PDEATHSIG = 1
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -68,10 +62,9 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
         raise SystemExit(InputError.exit_code)
     directory = Path(arguments[0])
     follow_parent()
-    signal.signal(signal.SIGTERM, _terminate)
-    remove_damaged_of_environment()
+    copied = COPY_LOG in os.environ and process_id() == 0
     stop = functools.partial(_leave, directory)
-    with _log_copied_to(directory / "log.txt" if COPY_LOG in os.environ else None), ends_in_time(stop):
+    with _log_copied_to(directory / "log.txt" if copied else None), ends_in_time(stop):
         code, sentence = _guarded(run, directory)
     if sentence:
         tell(directory, code, sentence)
@@ -106,10 +99,8 @@ def execute(spec: Spec, run: StageRun) -> Manifest:
         provenance.write(spec, inputs)
         started, clock = datetime.now(UTC), time.perf_counter()
         results = run(spec, inputs)
-        made_with = provenance.environment()
-        return write_manifest(
-            spec, results, seconds=time.perf_counter() - clock, started=started, environment=made_with
-        )
+        seconds = time.perf_counter() - clock
+        return write_manifest(spec, results, seconds=seconds, started=started, environment=provenance.environment())
 
 
 def _assist(spec: Spec, run: StageRun) -> Manifest:
@@ -144,31 +135,45 @@ def _check_files(spec: Spec) -> None:
 
 
 def _guarded(run: StageRun, directory: Path) -> tuple[int, str]:
-    """Runs the stage. Returns the exit code, and a sentence when it is not 0."""
+    """Runs the stage. Returns the exit code, and a sentence when it is not 0.
+
+    Requests to stop are heard inside and nowhere else: before, the system ends the process; after, it is ending.
+    """
     try:
-        execute(read_spec(directory), run)
+        try:
+            signal.signal(signal.SIGTERM, _terminate)
+            remove_damaged_of_environment()
+            execute(read_spec(directory), run)
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
         return 0, ""
-    except JaxlmError as error:
-        return error.exit_code, str(error)
     except (KeyboardInterrupt, Terminated):
         return Preempted.exit_code, _STOPPED.format(directory.name)
     except BaseException as error:  # SystemExit of a library is as unexpected as any exception
-        if os_errno(error) in _DISK_FULL:
-            return DiskError.exit_code, f"{directory}: the disk failed ({_first_line(error)}); free some space."
-        with suppress(OSError):
-            (directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        kind = type(error).__name__
-        return 1, f"{directory.name}: unexpected {kind} ({_first_line(error)}); see {directory / 'traceback.txt'}."
+        return failure(directory, error)
+
+
+def failure(directory: Path, error: BaseException) -> tuple[int, str]:
+    """The exit code and the sentence for what a stage failed with. The traceback of a bug goes to traceback.txt."""
+    if isinstance(error, JaxlmError):
+        return error.exit_code, str(error)
+    if os_errno(error) in _DISK_FULL:
+        return DiskError.exit_code, f"{directory}: the disk failed ({_first_line(error)}); free some space."
+    with suppress(OSError):
+        text = "".join(traceback.format_exception(error))
+        (directory / "traceback.txt").write_text(text, encoding="utf-8")
+    kind = type(error).__name__
+    return 1, f"{directory.name}: unexpected {kind} ({_first_line(error)}); see {directory / 'traceback.txt'}."
 
 
 def _leave(directory: Path) -> NoReturn:
     """The end of a stage whose main thread has no time for a request to stop. The next process takes up what is left.
 
-    Whoever trains has saved by then, in `jaxlm.stages.stopping`; other stages have nothing to save.
+    Whoever trains has saved by then, in `jaxlm.stages.stopping`; other stages have nothing to save. Standard output is
+    not flushed: the main thread may hold it, in a write that nobody reads.
     """
     tell(directory, Preempted.exit_code, _STOPPED.format(directory.name))
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
     os._exit(Preempted.exit_code)
 
 
@@ -192,54 +197,6 @@ def tell(directory: Path, code: int, sentence: str) -> None:
 
 def _terminate(number: int, frame: Any) -> None:
     raise Terminated
-
-
-def follow_parent() -> None:
-    """Makes this process end when the launcher named in the environment has died: SIGTERM first, then SIGKILL.
-
-    Linux sends the SIGTERM by itself, at once (`PR_SET_PDEATHSIG`); the thread serves other systems, and a process that
-    does not react. Does nothing in a process that was started by hand.
-    """
-    launcher = os.environ.get(PARENT)
-    if launcher is None:
-        return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(launcher):  # it died before the line above
-        os._exit(Preempted.exit_code)
-    threading.Thread(target=_watch, args=(int(launcher),), name="parent watch", daemon=True).start()
-
-
-def _watch(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(1.0)
-    if not sys.platform.startswith("linux"):
-        os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_GRACE)
-    # The launcher made this process the leader of its group: helpers of its own go with it.
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(Preempted.exit_code)
-
-
-class _Helper(SpawnProcess):
-    def run(self) -> None:
-        parent = parent_process()
-        if parent is not None:
-            threading.Thread(target=_end_after, args=(parent,), name="parent watch", daemon=True).start()
-        super().run()
-
-
-def _end_after(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(Preempted.exit_code)
-
-
-class Helpers(SpawnContext):
-    """For a pool of a stage's helpers: spawned, for a forked child of a process with threads may hang, and each ends
-    when the stage's process does, where a pool's own would wait for its next piece of work for ever."""
-
-    Process = _Helper
 
 
 class _Copied:

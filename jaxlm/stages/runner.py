@@ -8,7 +8,6 @@ run again.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -16,24 +15,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.config import RunConfig
-from jaxlm.errors import BY_EXIT_CODE, InputError, JaxlmError, Preempted
+from jaxlm.errors import BY_EXIT_CODE, InputError, JaxlmError, Preempted, UnavailableError
 from jaxlm.launch import Handle, Job, Status, for_stage, forget, submit_once
 from jaxlm.launch import Launcher as JobLauncher
 from jaxlm.launch.choose import processes
 from jaxlm.launch_config import LaunchConfig
 from jaxlm.stages import runs
+from jaxlm.stages.metrics_tail import MetricsTail as MetricsTail
+from jaxlm.stages.metrics_tail import OnMetrics, metrics_followed
 from jaxlm.stages.plan import plan, until
 from jaxlm.stages.process import COPY_LOG, PARENT, Terminated, execute, read_error
 from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.stages.store import check, write_spec
 
 Launcher = Literal["process", "inline"]
-OnMetrics = Callable[[dict[str, Any]], None]
 Echo = Callable[[str], None]
 
 
@@ -79,6 +78,7 @@ def run_stage(
 
     Raises:
         JaxlmError: the stage failed; the class tells by its exit code how, the text is the stage's own sentence.
+        UnavailableError: a service is away. Where it is the cluster's, the job goes on, and the next call with it.
         BaseException: whatever interrupted the call (KeyboardInterrupt, a signal handler's exception): the stage has
             been told to save and has ended when this is raised, and its sentence is the exception's note.
     """
@@ -87,7 +87,7 @@ def run_stage(
         return manifest, True
     launch = launch or LaunchConfig()
     directory = write_spec(spec).resolve()
-    with _metrics_followed(directory / "metrics.jsonl", on_metrics):
+    with metrics_followed(directory / "metrics.jsonl", on_metrics):
         if launcher == "inline":
             return execute(spec, importlib.import_module(spec.module_name).run), False
         _run_process(spec, directory, launch, echo, launch.grace_seconds if grace is None else grace)
@@ -182,6 +182,8 @@ def _run_process(spec: Spec, directory: Path, launch: LaunchConfig, echo: Echo |
         say_line(f"{spec.stage}: {'goes on as' if there else 'is'} {launcher.name} job {handle.id}")
     try:
         status = _watched(launcher, handle, say_line, launch.timeout_hours * 3600.0)
+    except UnavailableError:  # nobody knows how the job is: it goes on, and the next call goes on with it
+        raise
     except BaseException as error:
         status = launcher.cancel(handle, grace)
         _pass_on(launcher, handle, say_line)
@@ -251,58 +253,3 @@ def _failure(directory: Path, status: Status) -> JaxlmError:
         kind = BY_EXIT_CODE.get(code or 1, JaxlmError)
         return kind(f"{directory.name}: {status.reason}; see {directory / 'log.txt'}.")
     return own
-
-
-@contextmanager
-def _metrics_followed(path: Path, on_metrics: OnMetrics | None) -> Iterator[None]:
-    """Calls `on_metrics` with each new record, from a thread that starts with the caller's context variables."""
-    if on_metrics is None:
-        yield
-        return
-    tail, stop = MetricsTail(path), threading.Event()
-
-    def follow() -> None:
-        while True:
-            ending = stop.is_set()
-            for record in tail.new():
-                with suppress(Exception):
-                    on_metrics(record)
-            if ending:
-                return
-            stop.wait(0.5)
-
-    thread = threading.Thread(target=copy_context().run, args=(follow,), name="metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=5.0)
-
-
-class MetricsTail:
-    """Reads what has been added to a metrics.jsonl since the last look; from its start when the file is a new one."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._inode = -1
-
-    def new(self) -> list[dict[str, Any]]:
-        """The whole lines added since the last call, parsed. A missing file has none."""
-        try:
-            with open(self._path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset = status.st_ino, 0
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        records = []
-        for line in whole.splitlines():
-            with suppress(ValueError):
-                records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict)]

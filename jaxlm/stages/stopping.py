@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,9 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from jaxlm.errors import JaxlmError, Preempted, UnavailableError
+from jaxlm.errors import Preempted, UnavailableError
 from jaxlm.stages import process
 from jaxlm.stages.in_time import SIGNALS
+from jaxlm.stages.orphans import is_orphan
 from jaxlm.stages.runner import say
 from jaxlm.train.stopping import Stop
 
@@ -95,8 +95,9 @@ class _Deadline(Stop):
                     return
                 if number not in SIGNALS:
                     continue
-                if self._event.is_set():
-                    self._end(Preempted.exit_code, "stopped at once by a second request; run the same command again.")
+                # The death of the launcher is no second request: it has asked and gone, and there is time to save.
+                if self._event.is_set() and not is_orphan():
+                    self._stopped("stopped at once by a second request")
                 self._event.set()
 
     def _leave_in_time(self) -> None:
@@ -107,15 +108,16 @@ class _Deadline(Stop):
                     continue
                 try:
                     self._save()
-                except JaxlmError as error:
-                    self._end(error.exit_code, str(error))
-                self._end(Preempted.exit_code, "stopped on request, saved; run the same command again.")
+                except Exception as error:  # whatever it is, a thread that died of it would let the process go on
+                    self._end(*process.failure(self._directory, error))
+                self._stopped("stopped on request, saved")
+
+    def _stopped(self, how: str) -> NoReturn:
+        self._end(Preempted.exit_code, f"{self._directory.name}: {how}; run the same command again.")
 
     def _end(self, code: int, sentence: str) -> NoReturn:
-        process.tell(self._directory, code, f"{self._directory.name}: {sentence}")
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(code)
+        process.tell(self._directory, code, sentence)
+        os._exit(code)  # without a flush: the main thread may hold standard output, in a write that nobody reads
 
 
 def _ignored(number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ from jaxlm.tokenizers.char import CharTokenizer, char
 from jaxlm.tokenizers.hf_json import HFTokenizer
 from jaxlm.tokenizers.load import load
 from jaxlm.tokenizers.named import NamedTokenizer, named
+from jaxlm.tokenizers.to_tiktoken import to_tiktoken
 from jaxlm.tokenizers.word import WordTokenizer, word
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "load",
     "named",
     "stream_text",
+    "to_tiktoken",
     "word",
 ]

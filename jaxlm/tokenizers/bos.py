@@ -1,7 +1,7 @@
 """The token that starts a text, in a `tokenizer.json`: its post-processor. Loads no jax.
 
-`tokenizer_config.json` may say `add_bos_token` where the definition has no post-processor to do it, or another one.
-Libraries differ in which they read, so what we write says the same in both.
+What counts in a published model's files is that post-processor alone, for transformers as here. But others read
+`add_bos_token` of `tokenizer_config.json`, so what we write says the same in both.
 """
 
 from __future__ import annotations

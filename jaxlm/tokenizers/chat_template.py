@@ -2,8 +2,9 @@
 
 A template is foreign code, so it runs in Jinja's immutable sandbox, sees nothing but strings, numbers, lists and dicts,
 and can change none of them. What it may call is what transformers offers it: `raise_exception`, `strftime_now`,
-`namespace`, `dict`, and a `tojson` that does not escape for HTML. The sandbox keeps a template from reaching Python; it
-does not bound its running time.
+`namespace`, `dict`, and a `tojson` that does not escape for HTML. The sandbox keeps a template from reaching Python.
+What is bounded is the prompt, a product (`*`, `**`) and a range. What is not: the running time, and the memory for
+values on the way, which `~`, `%` and filters such as `center` can make as large as they like.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 LARGEST_REPEAT = 1_000_000  # items in the result of `*`: a template has no use for more, an attack on memory has
+LARGEST_PROMPT = 10_000_000  # characters
 
 
 def render(
@@ -46,11 +48,18 @@ def render(
     """
     import jinja2
 
-    if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not listed or not all(isinstance(message, Mapping) for message in messages):
         raise InputError("messages: expected a list of mappings with role and content.")
     told = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
-        return _compiled(template).render(**_plain(variables | told))
+        parts, left = [], LARGEST_PROMPT
+        for part in _compiled(template).generate(**_plain(variables | told)):
+            parts.append(part)
+            left -= len(part)
+            if left < 0:
+                raise jinja2.exceptions.SecurityError(f"a prompt of more than {LARGEST_PROMPT:,} characters")
+        return "".join(parts)
     except jinja2.exceptions.SecurityError as error:
         raise InputError(f"chat template: does what a template may not do ({_line(error)}); do not use it.") from None
     except jinja2.exceptions.TemplateSyntaxError as error:

@@ -40,6 +40,9 @@ class PreTokenizer(NamedTuple):
     add_bos: bool = False
 
 
+# Llama 3 (and its tool calls), ChatML as of SmolLM2 and Qwen, Phi 3, Gemma.
+ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
 _LLAMA3 = PreTokenizer(pattern=_CL100K_LIKE % "{1,3}", whole_words=True, add_bos=True)
 _QWEN2 = PreTokenizer(pattern=_CL100K_LIKE % "", nfc=True)
 _DIGITS = PreTokenizer(digits=True)
@@ -71,24 +74,25 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> HFTokenizer | None:
     model = metadata.get("tokenizer.ggml.model")
     if model is None or model == "none":
         return None
-    tokens = _field(metadata, "tokens", where)
-    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    if len(types) != len(tokens):
-        raise InputError(f"{where}: field tokenizer.ggml.token_type: {len(types)} values for {len(tokens)} tokens.")
+    tokens = _listed(metadata, "tokens", str, where)
+    types: Sequence[int] = [NORMAL] * len(tokens)
+    if metadata.get("tokenizer.ggml.token_type"):
+        types = _listed(metadata, "token_type", int, where, len(tokens))
     last = len(tokens)
     while last and types[last - 1] == UNUSED:  # rows that only pad the embedding
         last -= 1
     tokens, types = tokens[:last], types[:last]
     if model == "gpt2":
         name = metadata.get("tokenizer.ggml.pre") or ("gpt-2" if metadata["general.architecture"] == "gpt2" else None)
-        if name not in PRE_TOKENIZERS:
+        if not isinstance(name, str) or name not in PRE_TOKENIZERS:
             known = ", ".join(PRE_TOKENIZERS)
             raise InputError(f"{where}: field tokenizer.ggml.pre: {name!r} is not known here; known are {known}.")
-        definition = _byte_level(tokens, types, _field(metadata, "merges", where), PRE_TOKENIZERS[name])
+        definition = _byte_level(tokens, types, _listed(metadata, "merges", str, where), PRE_TOKENIZERS[name])
         add_bos = PRE_TOKENIZERS[name].add_bos
     elif model == "llama":
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        definition = _sentencepiece(tokens, types, _field(metadata, "scores", where), prefix)
+        scores = _listed(metadata, "scores", float, where, len(metadata["tokenizer.ggml.tokens"]))
+        definition = _sentencepiece(tokens, types, scores, prefix)
         add_bos = True
     else:
         raise InputError(f"{where}: field tokenizer.ggml.model: {model!r} is not known here; known are gpt2, llama.")
@@ -99,7 +103,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> HFTokenizer | None:
         return HFTokenizer(
             canonical(definition),
             special_tokens=tuple(specials),
-            stop_ids=_stop_ids(metadata, len(tokens)),
+            stop_ids=_stop_ids(metadata, tokens, types, where),
             chat_template=pick(metadata.get("tokenizer.chat_template"), where=where),
             template_from=where,
         )
@@ -107,28 +111,39 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> HFTokenizer | None:
         raise InputError(f"{where}: tokenizer: {error}") from None
 
 
-def _field(metadata: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
-    value = metadata.get(f"tokenizer.ggml.{name}")
+def _listed(metadata: Mapping[str, Any], name: str, kind: type, where: str, length: int | None = None) -> list[Any]:
+    value, field = metadata.get(f"tokenizer.ggml.{name}"), f"{where}: field tokenizer.ggml.{name}"
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: field tokenizer.ggml.{name}: missing, though the file has a tokenizer.")
+        raise InputError(f"{field}: missing, though the file has a tokenizer.")
+    if wrong := [item for item in value if not isinstance(item, kind)]:
+        raise InputError(f"{field}: expected a list of {kind.__name__}, found {wrong[0]!r:.60} in it.")
+    if length is not None and len(value) != length:
+        raise InputError(f"{field}: {len(value)} values for {length} tokens.")
     return value
+
+
+def _token_id(metadata: Mapping[str, Any], name: str, n_tokens: int, where: str) -> int | None:
+    """The id of a special token; None: the file names none."""
+    found = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if found is not None and not (type(found) is int and 0 <= found < n_tokens):
+        raise InputError(f"{where}: field tokenizer.ggml.{name}_token_id: {found!r:.60} is not among the tokens.")
+    return found
 
 
 def _special_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> list[tuple[str, str]]:
     found = []
     for role, name in zip(ROLES, ("bos", "eos", "padding", "unknown"), strict=True):
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is None:
-            continue
-        if not 0 <= token_id < len(tokens):
-            raise InputError(f"{where}: field tokenizer.ggml.{name}_token_id: {token_id} is not among the tokens.")
-        found.append((role, tokens[token_id]))
+        token_id = _token_id(metadata, name, len(tokens), where)
+        if token_id is not None:
+            found.append((role, tokens[token_id]))
     return found
 
 
-def _stop_ids(metadata: Mapping[str, Any], n_tokens: int) -> tuple[int, ...]:
-    found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < n_tokens))
+def _stop_ids(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str) -> tuple[int, ...]:
+    """The ids that the file names, and the control tokens that are known to end a turn, which older files leave out."""
+    named = [_token_id(metadata, name, len(tokens), where) for name in ("eos", "eot", "eom")]
+    known = [i for i, text in enumerate(tokens) if types[i] == CONTROL and text in ENDS_OF_TURN]
+    return tuple(dict.fromkeys(i for i in (*named, *known) if i is not None))
 
 
 def _added(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:

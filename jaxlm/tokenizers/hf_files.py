@@ -21,9 +21,11 @@ TEMPLATE = "chat_template.jinja"
 def from_directory(directory: str | Path) -> HFTokenizer:
     """The tokenizer of a Hugging Face model directory.
 
-    Reads `tokenizer.json`, and where they are, `tokenizer_config.json` (special tokens, BOS rule, template),
+    Reads `tokenizer.json`, and where they are, `tokenizer_config.json` (special tokens, template),
     `special_tokens_map.json`, `chat_template.jinja` (which comes before the template in the config) and
-    `generation_config.json` (`eos_token_id`, an int or a list).
+    `generation_config.json` (`eos_token_id`, an int or a list; where it says nothing, `config.json`). Whether texts
+    start with a token, the post-processor of `tokenizer.json` says; `add_bos_token` of the config does not count, as in
+    transformers.
 
     Raises:
         InputError: `tokenizer.json` is missing or not one, or a file beside it is damaged; names the file.
@@ -36,18 +38,16 @@ def from_directory(directory: str | Path) -> HFTokenizer:
     definition = _read(folder / JSON)
     config = _read(folder / CONFIG)
     older = _read(folder / "special_tokens_map.json")
-    stops = _stop_ids(folder / "generation_config.json")
+    stops = _stop_ids(folder / "generation_config.json") or _stop_ids(folder / "config.json")
     template = pick(config.get("chat_template"), where=f"{folder / CONFIG}: field chat_template")
     source = folder / (TEMPLATE if (folder / TEMPLATE).is_file() else CONFIG)
     if source.name == TEMPLATE:
         template = _text(source)
     specials = ((role, _content(config.get(role) or older.get(role))) for role in ROLES)
-    add_bos = config.get("add_bos_token")
     try:
         tokenizer = HFTokenizer(
             canonical(definition),
             special_tokens=tuple((role, text) for role, text in specials if text),
-            add_bos=add_bos if isinstance(add_bos, bool) else None,
             stop_ids=stops,
             chat_template=template,
             template_from=str(source),
@@ -57,7 +57,7 @@ def from_directory(directory: str | Path) -> HFTokenizer:
     for role, text in tokenizer.special_tokens:
         if tokenizer.backend.token_to_id(text) is None:
             raise InputError(f"{folder / CONFIG}: field {role}: {text!r} is not in the vocabulary of {JSON}.")
-    return settled(tokenizer)
+    return tokenizer
 
 
 def write_directory(tokenizer: HFTokenizer, directory: str | Path, *, spelled: bool = True) -> list[Path]:

@@ -32,7 +32,7 @@ class HFTokenizer:
         definition: `tokenizer.json` as canonical JSON, without padding and truncation.
         special_tokens: roles (bos_token, eos_token, pad_token, unk_token) and the texts that play them.
         add_bos: whether texts start with bos_token; None: what the definition's post-processor says.
-        stop_ids: what ends an answer, besides eos_token (from `generation_config.json`).
+        stop_ids: what ends an answer, besides eos_token (from `generation_config.json` or `config.json`).
         chat_template: Jinja source; None: the model has none.
         template_from: the file that it stands in, to name it in errors; no part of the identity.
     """

@@ -1,7 +1,8 @@
 """A byte-level BPE `tokenizer.json` as a `tiktoken.Encoding`, when the two say the same. Loads no jax.
 
 tiktoken merges by the id of the result and cuts words with one regular expression. Many published tokenizers fit that:
-GPT-2's, Llama 3's, Qwen's. Those that do not are refused, with the reason.
+GPT-2's, SmolLM2's, Llama 3's, the first Qwen's. Those that do not are refused, with the reason: SentencePiece models,
+and those with added tokens that are found in ordinary text, as `<tool_call>` is by Qwen2.5's and Qwen3's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlm.errors import InputError
@@ -71,7 +74,18 @@ def to_tiktoken(tokenizer: HFTokenizer) -> TiktokenForm:
         mergeable_ranks=ranks,
         special_tokens=added,
     )
-    return TiktokenForm(encoding, nfc=kind == "NFC")
+    form = TiktokenForm(encoding, nfc=kind == "NFC")
+    # Merges are checked one by one, but the pattern is read by another library: so it is tried on every kind of text.
+    _require(form.encode(_trial()) == tokenizer.encode(_trial()), "its pattern cuts text in another way there")
+    return form
+
+
+@cache
+def _trial() -> str:
+    """The characters up to U+30FF that Unicode 3.2 had, beside each other and beside others; and a few texts."""
+    known = [c for c in map(chr, range(0x3100)) if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs")]
+    mixed = "it's IT'S we'LL 12 345\n\n  \t x\r\n\r\n 6789,... 漢字かな 한국어 🚀👩\u200d👩 \U0010ffff   "
+    return "".join(known) + " a".join(known) + "1\n".join(known[:0x250]) + mixed
 
 
 def _ranks(vocab: Mapping[str, int], model: Mapping[str, Any]) -> dict[bytes, int]:
@@ -80,16 +94,34 @@ def _ranks(vocab: Mapping[str, int], model: Mapping[str, Any]) -> dict[bytes, in
     _require(unknown is None, f"its token {unknown!r} is no string of bytes")
     missing = [byte for character, byte in FROM_PRINTABLE.items() if character not in vocab]
     _require(not missing, f"it lacks the bytes {', '.join(f'{byte:02x}' for byte in sorted(missing))}")
-    made: dict[str, int] = {}
-    for merge in model["merges"]:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    merges = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
+    for left, right in merges:
         _require(left + right in vocab, f"its merge of {left!r} and {right!r} gives no token")
-        made.setdefault(left + right, vocab[left + right])
-    order = list(made.values())
-    _require(order == sorted(order), "its merges are not in the order of their ids")
-    never = [text for text in vocab if len(text) > 1 and text not in made]
-    _require(not never or bool(model.get("ignore_merges")), f"no merge gives its token {next(iter(never), '')!r}")
+    listed = set(merges)
+    parts = {text: _parts(text, vocab) for text in vocab if len(text) > 1}
+    for text, found in parts.items():
+        if len(found) > 2:
+            _require(bool(model.get("ignore_merges")), f"no merge gives its token {text!r}")
+        else:
+            _require(found in listed, f"tiktoken makes {text!r} of {found[0]!r} and {found[1]!r}, and no merge does")
+    later = len(vocab) + max(vocab.values())  # the least id that a merge further down the list is needed for
+    for left, right in reversed(merges):
+        made = vocab[left + right]
+        _require(made <= later, "its merges are not in the order of their ids")
+        if parts[left + right] == (left, right):
+            later = made
     return {from_printable(text): i for text, i in vocab.items()}
+
+
+def _parts(text: str, vocab: Mapping[str, int]) -> tuple[str, ...]:
+    """What a token's characters become by the merges before its own: what tiktoken makes it of, wherever it does."""
+    own, parts = vocab[text], list(text)
+    while len(parts) > 2:
+        best, at = min((vocab.get(a + b, own), i) for i, (a, b) in enumerate(pairwise(parts)))
+        if best >= own:
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return tuple(parts)
 
 
 def _pattern(pre_tokenizer: Mapping[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ import pytest
 from jaxlm import model, train
 from jaxlm.config import ModelConfig, TrainConfig
 from jaxlm.data import RowSet, pack_examples, write_rows, write_stream
-from jaxlm.errors import DivergedError, Preempted
+from jaxlm.errors import DivergedError, InputError, Preempted
 from jaxlm.guards_config import GuardOptions
 from jaxlm.stages import fitting
 from jaxlm.stages.spec import Spec
@@ -132,6 +132,17 @@ def test_broken_off_at_random_points(whole, tmp_path, seed):
     assert training.outcome(tmp_path) == outcome, points
     same = ("steps", "tokens", "train_loss", "val_loss", "skipped")
     assert {key: results[key] for key in same} == {key: unbroken_results[key] for key in same}
+
+
+def test_rows_of_another_tokenizer_are_refused(tmp_path):
+    """One letter is another: as many ids, and other meanings."""
+    (tmp_path / "rows").mkdir()
+    training = Training("pretrain", tmp_path / "rows")
+    training.tokenizer = char("abcdefgi", eot=True)
+    with pytest.raises(InputError) as caught:
+        training(tmp_path)
+    name = training.spec(tmp_path).name
+    assert str(caught.value) == f"{name}: its rows were made by another tokenizer; delete the store and run again."
 
 
 def test_a_step_saved_without_its_loss_gets_it_after_the_evaluation(whole, tmp_path):

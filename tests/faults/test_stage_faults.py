@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -67,7 +68,7 @@ def checkpoint_damage(directory: Path, step: int) -> bool:
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_the_run_with_the_stacks(make_chain, unbroken, tmp_path):
     """As when a peer has stopped answering: the main thread waits for ever."""
-    chain = make_chain(train={"guards": {"hang_factor": 2, "hang_seconds": 1.0}})
+    chain = make_chain(train={"guards": {"hang_factor": 2, "hang_seconds": 5.0}})
     hold = harness.Hold("jaxlm.train.loop:rows_for_step", tmp_path / "held", 120.0, call=14)
     with chain.process("pretrain", hold=hold) as stage:
         stage.until_held()
@@ -75,7 +76,8 @@ def test_a_step_that_hangs_ends_the_run_with_the_stacks(make_chain, unbroken, tm
         code, error = stage.end()
     assert code == 69, error  # away, and worth a retry
     assert time.monotonic() - began < 60
-    assert "has not ended in 1 s, where the usual step takes" in error
+    # Five, or twice the usual step where the machine is slower than that.
+    assert re.search(r"has not ended in \d+ s, where the usual step takes", error), error
     stacks = (chain.directory("pretrain") / "stacks.txt").read_text()
     assert "in held" in stacks  # where the main thread was
     assert "loop.py" in stacks
@@ -86,13 +88,13 @@ def test_a_step_that_hangs_ends_the_run_with_the_stacks(make_chain, unbroken, tm
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_for_a_while_is_not_taken_for_one_that_hangs(make_chain, unbroken, tmp_path):
-    chain = make_chain(train={"guards": {"hang_factor": 2, "hang_seconds": 2.0}})
-    # Held for a second in a step: stopped there, the step takes far longer than two seconds by the clock.
+    chain = make_chain(train={"guards": {"hang_factor": 2, "hang_seconds": 5.0}})
+    # Held for half a second in a step: stopped there, the step takes far longer than five seconds by the clock.
     hold = harness.Hold("jaxlm.train.loop:rows_for_step", tmp_path / "held", 0.5, call=14)
     with chain.process("pretrain", hold=hold) as stage:
         stage.until_held()
         stage.send(signal.SIGSTOP)
-        time.sleep(5)
+        time.sleep(8)
         stage.send(signal.SIGCONT)
         assert stage.end() == (0, "")
     assert harness.outcome(chain.directory("pretrain")) == unbroken

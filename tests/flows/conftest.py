@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
+PATIENCE = 400.0  # seconds, for what takes a few on a machine that is not busy
 FAKES = [CHECKOUT, HERE / "fakes", HERE.parent / "stages" / "fakes"]
 
 
@@ -58,8 +60,11 @@ def listening(port: int) -> bool:
 
 @pytest.fixture(scope="session")
 def processes() -> SimpleNamespace:
-    """Looking at processes: running(pid), descendants(pid), listening(port), wait_until(condition, seconds)."""
-    return SimpleNamespace(running=running, descendants=descendants, listening=listening, wait_until=wait_until)
+    """Looking at processes: running(pid), descendants(pid), listening(port), wait_until(condition, seconds), and
+    patience, the seconds to wait for what must happen."""
+    return SimpleNamespace(
+        running=running, descendants=descendants, listening=listening, wait_until=wait_until, patience=PATIENCE
+    )
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +128,7 @@ class Scenario:
             return 0
 
         assert self.process is not None
-        assert wait_until(lambda: pid() or self.process.poll() is not None, 600)
+        assert wait_until(lambda: pid() or self.process.poll() is not None, PATIENCE)
         assert self.process.poll() is None, self.process.communicate()
         return pid()
 
@@ -131,7 +136,8 @@ class Scenario:
         """Leaves nothing behind, also when a test has failed."""
         if self.process is not None and self.process.poll() is None:
             for pid in [self.process.pid, *descendants(self.process.pid)]:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
             self.process.communicate()
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import cyclopts
+import httpx
 import pytest
 
 from jaxlm import cli_flows
@@ -75,3 +78,65 @@ def test_a_server_that_is_away_does_not_keep_the_command(jaxlm, monkeypatch):
     monkeypatch.setattr(command, "run", lambda *args, **given: None)
     jaxlm("flow pipeline a.yaml")
     assert left == [65, 0]
+
+
+@pytest.fixture
+def sweep_of(tmp_path, monkeypatch):
+    """sweep_of(what, wait) -> runs a sweep as a command, over chains that do `what`; `wait` comes at its end."""
+    from flows import command, server, sweep
+    from jaxlm.config import load
+
+    (tmp_path / "a.yaml").write_text("")
+    monkeypatch.setattr(server, "away", lambda: True)
+    monkeypatch.setattr(server, "leave_when_away", lambda sentence, code: None)  # it would end the tests
+    cfg = load(tmp_path / "a.yaml").replace(root=str(tmp_path))
+
+    def run(what, wait):
+        class Flow:
+            name = "jaxlm-sweep"
+
+            def __call__(self, config, grid, overrides, root):
+                sweep.run_grid(config, grid, overrides, root, again="again")
+                raise httpx.ConnectError("refused")
+
+        monkeypatch.setattr(sweep, "chain", what)
+        monkeypatch.setattr(server, "wait_until_back", wait)
+        return command.run(str(tmp_path / "a.yaml"), (), str(tmp_path), flow=Flow(), grid=["seed=0,1"])
+
+    return run, lambda: json.loads((tmp_path / "runs" / "a" / "status.json").read_text()), cfg
+
+
+def test_a_sweep_has_a_status_of_its_own(sweep_of):
+    from flows import status
+    from jaxlm.errors import DivergedError, Preempted
+
+    run, left, cfg = sweep_of
+    losses, seen = iter([1.5, 1.25]), []
+
+    def chain(each, config, **given):
+        seen.append((each.name, left()["state"], given["alone"]))
+        return {"stages": {}, "results": {"val_loss": next(losses)}}
+
+    def fail(*args, **given):
+        raise InputError("x.txt is gone.")
+
+    def diverge(*args, **given):
+        raise DivergedError("NaN at step 3.")
+
+    def interrupt(*args, **given):
+        raise KeyboardInterrupt
+
+    with pytest.raises(InputError):
+        run(fail, lambda say: True)
+    assert (left()["state"], left()["reason"], left()["command"]) == ("failed", "x.txt is gone.", "again")
+    with pytest.raises(Preempted):
+        run(interrupt, lambda say: True)
+    assert left()["state"] == "cancelled"
+    out = run(chain, lambda say: True)  # the API is away at the end, and everything is done
+    assert seen == [("a-0", "running", False), ("a-1", "running", False)]
+    assert (out["best"], [row["val_loss"] for row in out["table"]]) == ("a-1", [1.25, 1.5])
+    assert status.state_of(cfg) == "completed"
+    assert run(diverge, lambda say: True)["best"] is None
+    with pytest.raises(Preempted):
+        run(diverge, interrupt)  # Ctrl-C while it waits for the API
+    assert status.state_of(cfg) == "completed"

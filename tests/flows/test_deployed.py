@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -231,6 +232,7 @@ def test_cancelled_in_mid_training_and_resumed_by_the_next_run(site):
         "letters"
     )
     assert site.status("letters")["command"].startswith("jaxlm flow pipeline ")
+    assert re.search("stopped on request.* saved", site.status("letters")["reason"])  # the stage's words, not Prefect's
     again = site.trigger(config="letters", **{**env, "COUNT_SLEEP": "0"})
     assert site.ended(again)["type"] == "COMPLETED", site.log()
     assert steps() == 60  # none was done twice, and none left out
@@ -266,7 +268,7 @@ def test_a_killed_worker_takes_its_stage_along_and_the_next_one_continues(site):
 
 
 def test_a_killed_server_is_told_the_truth_when_it_is_back(site):
-    run = site.trigger({"evaluate": "sleep"}, "train.steps=7", FAKE_SECONDS="8")
+    run = site.trigger({"evaluate": "sleep"}, "train.steps=7", FAKE_SECONDS="20")
     site.asleep("evaluate")
     site.kill(site.server)
     manifest = lambda: list(site.root.glob("store/evaluate-*/manifest.json"))  # noqa: E731
@@ -280,6 +282,9 @@ def test_a_killed_server_is_told_the_truth_when_it_is_back(site):
 
 
 def test_all_flows_are_served_from_one_process(site):
+    known = {"deployments": {"tags": {"all_": ["jaxlm"]}}}
+    for item in site.request("POST", "/deployments/filter", **known):  # of the same names, from prefect.yaml
+        site.request("DELETE", f"/deployments/{item['id']}")
     code = "from jaxlm.cli_flows import serve_flows; serve_flows(limit=1)"
     with open(site.root / "serve.log", "ab") as out:
         served = subprocess.Popen([sys.executable, "-c", code], env=site.env, cwd=site.root, stdout=out, stderr=out)
@@ -287,7 +292,7 @@ def test_all_flows_are_served_from_one_process(site):
     names = {"prepare", "pretrain", "sft", "evaluate", "pipeline", "sweep"}
 
     def there():
-        found = site.request("POST", "/deployments/filter", deployments={"tags": {"all_": ["jaxlm"]}})
+        found = site.request("POST", "/deployments/filter", **known)
         return {item["name"] for item in found} == names and found
 
     assert site.processes.wait_until(there, PATIENCE), (site.root / "serve.log").read_text()[-3000:]
@@ -295,5 +300,20 @@ def test_all_flows_are_served_from_one_process(site):
         for name, field in deployment["parameter_openapi_schema"]["properties"].items():
             assert field["title"] != name
             assert field["description"].endswith(".")
+    children = site.processes.descendants(served.pid)
     served.send_signal(signal.SIGTERM)
     served.wait(PATIENCE)
+    assert site.processes.wait_until(lambda: not any(map(site.processes.running, children)), PATIENCE)
+
+
+def test_nothing_is_left_behind(site):
+    """Of worker and server, and in the temporary directory, of all the runs before. Must be the last test here."""
+    last = [site.worker, site.server]
+    children = [pid for process in last for pid in site.processes.descendants(process.pid)]
+    for process in last:
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE)
+    assert site.processes.wait_until(lambda: not any(map(site.processes.running, children)), PATIENCE)
+    assert not site.processes.listening(site.port)
+    left = [path.name for path in (site.root.parent / "temporary").iterdir()]
+    assert [name for name in left if not name.startswith(("prefect-", "runner_storage"))] == []  # those are Prefect's

@@ -151,9 +151,9 @@ def test_a_hook_leaves_the_reason_and_the_command(tmp_path, kind, state):
     from prefect.client.schemas.objects import State
 
     from flows import status
+    from flows.parts import pretrain as flow
 
     (tmp_path / "a.yaml").write_text("")
-    flow = SimpleNamespace(name="jaxlm-pretrain")
     run = SimpleNamespace(parameters={"config": str(tmp_path / "a.yaml"), "root": str(tmp_path)})
     status.on_end(flow, run, State(type=kind, message="Flow run encountered an exception: InputError: x.txt is gone."))
     left = json.loads((tmp_path / "runs" / "a" / "status.json").read_text())
@@ -163,6 +163,27 @@ def test_a_hook_leaves_the_reason_and_the_command(tmp_path, kind, state):
     status.on_end(flow, SimpleNamespace(parameters={"config": "nosuch.yaml"}), State(type=kind))  # no run to write to
 
 
+def test_an_untouched_form_has_no_parameters(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from prefect.client.schemas.objects import State
+    from prefect.context import FlowRunContext
+
+    from flows import status
+    from flows.command import run_name
+    from flows.parts import prepare
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text("")
+    status.on_end(prepare, SimpleNamespace(parameters={}), State(type="CRASHED", message="killed"))
+    left = json.loads((tmp_path / "runs" / "quickstart" / "status.json").read_text())
+    # Our own command line takes that; it refuses a --runner with nothing to run.
+    assert left["command"] == "jaxlm flow prepare configs/quickstart.yaml"
+    with FlowRunContext.model_construct(flow=prepare, flow_run=SimpleNamespace(id=1), parameters={}):
+        assert run_name() == "prepare quickstart"
+
+
 def test_a_flow_that_could_not_report_its_end_stays_completed(tmp_path):
     from types import SimpleNamespace
 
@@ -170,10 +191,10 @@ def test_a_flow_that_could_not_report_its_end_stays_completed(tmp_path):
     from prefect.client.schemas.objects import State
 
     from flows import status
+    from flows.parts import prepare as flow
     from jaxlm.config import load
 
     (tmp_path / "a.yaml").write_text("")
-    flow = SimpleNamespace(name="jaxlm-prepare")
     parameters = {"config": str(tmp_path / "a.yaml"), "root": str(tmp_path), "shards": 2, "runner": "threads"}
     cfg = load(parameters["config"]).replace(root=str(tmp_path))
     away = State(type="FAILED", data=httpx.ConnectError("refused"))
@@ -187,6 +208,18 @@ def test_a_flow_that_could_not_report_its_end_stays_completed(tmp_path):
         assert status.state_of(cfg) == after
     left = json.loads((tmp_path / "runs" / "a" / "status.json").read_text())
     assert left["command"] == f"jaxlm flow prepare {tmp_path}/a.yaml --root {tmp_path} --shards 2 --runner threads"
+    # What the flow has left itself is better than what a worker sees of its end: a state without an exception.
+    for before, kind, after in [
+        ("completed", "CRASHED", ("completed", "own words")),
+        ("cancelled", "CANCELLING", ("cancelled", "own words")),
+        ("cancelled", "CRASHED", ("cancelled", "own words")),
+        ("running", "CANCELLING", ("cancelled", "seen")),
+        ("running", "CRASHED", ("crashed", "seen")),
+    ]:
+        status.write(cfg, before, "own words", "")
+        status.on_end(flow, SimpleNamespace(parameters=parameters), State(type=kind, message="seen"))
+        left = json.loads((tmp_path / "runs" / "a" / "status.json").read_text())
+        assert (left["state"], left["reason"]) == after, (before, kind)
 
 
 def test_a_grid_is_every_combination():
@@ -201,6 +234,11 @@ def test_a_grid_is_every_combination():
         (["seed="], "expected section.field=value,value"),
         (["seed=1", "seed=2"], "seed comes twice"),
         ([], "the grid is empty"),
+        (["seed=[]"], "not readable as a YAML list with a value or more"),
+        (["seed=[1]: 2"], "not readable as a YAML list"),
+        (["seed=0,,1"], "a value is empty"),
+        (["seed=0,1,0"], "a value comes twice"),
+        (["name=a,b"], "a sweep names its runs itself"),
         (["seed=" + ",".join(map(str, range(501)))], "the grid has 501 combinations"),
     ]:
         with pytest.raises(InputError, match=sentence):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -14,7 +18,9 @@ from flows import gate, lineage, publish
 from jaxlm.config import RunConfig, load
 from jaxlm.errors import DivergedError, InputError, UnavailableError
 from jaxlm.launch_config import GateConfig, PublishConfig
+from jaxlm.stages import store
 
+CHECKOUT = Path(__file__).parent.parent.parent
 RESULTS = {"val_loss": 1.5, "accuracy_by_type": {"who": {"after": 0.75}}, "name": "probe", "ok": True}
 
 
@@ -93,6 +99,27 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path, files, monkeypatch):
         publish.put(files, to, "probe-2", {"run": "probe"})
 
 
+def test_what_appears_is_on_the_disk(tmp_path, files, monkeypatch):
+    """Every file and folder is forced there before the rename that makes the whole appear."""
+    synced, at_rename = [], []
+    fsync, rename = publish.os.fsync, publish.os.rename
+
+    def note(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source, target):
+        at_rename.extend(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(publish.os, "fsync", note)
+    monkeypatch.setattr(publish.os, "rename", renamed)
+    publish.put(files, str(tmp_path / "out"), "probe-1", {"run": "probe"})
+    expected = {"a.bin", "report.md", ".published.json.tmp", "model", "report", ".probe-1.part"}
+    assert expected <= set(at_rename)
+    assert synced[-1] == "out"
+
+
 def test_in_a_bucket_the_index_comes_last(files, monkeypatch):
     memory = fsspec.filesystem("memory")
     where = publish.put(files, "memory://bucket/models", "probe-1", {"run": "probe"})
@@ -108,6 +135,9 @@ def test_in_a_bucket_the_index_comes_last(files, monkeypatch):
     with pytest.raises(UnavailableError, match="the service did not take it"):
         publish.put(files, "memory://bucket/models", "probe-2", {"run": "probe"})
     assert not memory.exists("/bucket/models/probe-2/published.json")
+    files["model/a.bin"].write_text("changed")  # nothing is put over a publication, file by file
+    with pytest.raises(InputError, match="another publication is there"):
+        publish.put(files, "memory://bucket/models", "probe-1", {"run": "probe"})
     memory.rm("/bucket", recursive=True)
 
 
@@ -131,6 +161,58 @@ def test_a_run_is_published_with_its_report_and_lineage(letters_run, tmp_path):
     found = chat.load_model(f"{where}/model", tmp_path)
     assert (found.cfg.kind, found.cfg.vocab_size) == ("bigram", done[1].results["vocab_size"])
     assert not list((letters_run.root / "runs" / cfg.name).glob(".publish*"))
+
+
+def test_what_is_damaged_is_not_published(letters_run, tmp_path):
+    """A byte that changes on the disk leaves size and time as they were, by which a result is found."""
+    root = tmp_path / "root"
+    shutil.copytree(letters_run.root, root, symlinks=True)
+    cfg = letters_run.cfg.replace(root=str(root))
+    done = [store.read_manifest(root / "store" / each.spec.name) for each in letters_run.manifests.values()]
+    model, report = done[-2], done[-1]
+    for manifest, name in [
+        (model, max(model.outputs, key=lambda key: model.outputs[key]["bytes"])),
+        (report, "report.md"),
+    ]:
+        file = manifest.path(name)
+        before, whole = file.stat(), file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert store.find(manifest.spec) is not None
+        with pytest.raises(
+            InputError, match=rf"^publish: {file}: its SHA-256 is .*; remove that file and run the same"
+        ):
+            publish.export(cfg, str(tmp_path / "out"), done)
+        file.write_bytes(whole)
+    spec = model.directory / "spec.json"
+    spec.write_text(spec.read_text().replace('"steps": 12', '"steps": 13'))
+    with pytest.raises(InputError, match=f"^{spec}: "):
+        publish.export(cfg, str(tmp_path / "out"), done)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_export_does_not_outlive_the_flow(letters_run, tmp_path, processes):
+    """publish.form=hf makes its files in a process, which must see the flow's die."""
+    code = (
+        "import sys; from pathlib import Path; from flows import publish; from jaxlm.stages.store import read_manifest;"
+        "publish._EXPORT = publish._EXPORT.partition(' from jaxlm.cli')[0] + ' import time; time.sleep(999)';"
+        "publish._hf(read_manifest(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    model = letters_run.manifests["pretrain"].directory
+    flow = subprocess.Popen([sys.executable, "-c", code, model, tmp_path / "work"], cwd=CHECKOUT)
+
+    def listens():
+        found = processes.descendants(flow.pid)
+        return [pid for pid in found if len(list(Path(f"/proc/{pid}/task").iterdir())) > 1]  # its watch has started
+
+    try:
+        assert processes.wait_until(listens, processes.patience)
+        export = listens()
+    finally:
+        flow.kill()
+        flow.wait()
+    assert processes.wait_until(lambda: not any(map(processes.running, export)), processes.patience)
 
 
 def test_lineage_is_a_graph_from_the_users_files_to_the_report(letters_run, tmp_path):

@@ -84,6 +84,33 @@ def test_a_runner_whose_package_is_missing(monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_workers_of_a_pool_end_with_a_flow_that_was_killed(tmp_path, processes):
+    code = (
+        "from flows import mapping\n"
+        "import time\n"
+        "if __name__ == '__main__':\n"
+        "    with mapping.task_runner('processes', 2) as runner:\n"
+        "        runner._executor.submit(time.sleep, 0).result()\n"
+        "        print('idle', flush=True)\n"
+        "        time.sleep(999)\n"
+    )
+    (tmp_path / "pool.py").write_text(code)
+    checkout = Path(__file__).parent.parent.parent
+    flow = subprocess.Popen(
+        [sys.executable, tmp_path / "pool.py"],
+        env={**os.environ, "PYTHONPATH": str(checkout)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert flow.stdout.readline() == "idle\n"
+        workers = processes.descendants(flow.pid)
+    finally:
+        flow.kill()
+        flow.communicate()
+    assert len(workers) >= 2  # a worker and the tracker of its resources
+    assert processes.wait_until(lambda: not any(map(processes.running, workers)), 60)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["threads", "processes", "dask"])
 def test_a_flow_maps_the_shards_over_a_task_runner(stages, runner, prefect_home, tmp_path):
     """In a process of its own: Prefect reads its settings once."""

@@ -7,8 +7,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -58,7 +60,7 @@ def test_bad_input_is_told_before_prefect_starts(tmp_path, checkout):
 
 
 def test_the_guard_ends_what_its_owner_leaves_behind(checkout, processes):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"])
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", checkout / "flows" / "server.py"], stdin=subprocess.PIPE, text=True
     )
@@ -68,13 +70,74 @@ def test_the_guard_ends_what_its_owner_leaves_behind(checkout, processes):
         time.sleep(0.5)
         assert processes.running(child.pid)
         guard.stdin.close()  # as the system does when the owner dies
-        assert processes.wait_until(lambda: not processes.running(child.pid), 5)
+        assert processes.wait_until(lambda: not processes.running(child.pid), processes.patience)
         child.wait()
-        assert guard.wait(10) == 0
+        assert guard.wait(processes.patience) == 0
     finally:
         for process in (child, guard):
             process.kill()
             process.wait()
+
+
+class Server:
+    """In place of Prefect's temporary server, whose first process dies."""
+
+    server_process = None
+    starts = 0
+
+    def _run_uvicorn_command(self):
+        self.starts += 1
+        return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(999)"])
+
+
+def test_a_server_that_died_is_started_once(processes, monkeypatch):
+    from flows import server
+
+    made, told = Server(), []
+    theirs = SimpleNamespace(SubprocessASGIServer=lambda: made)  # the real module takes seconds to import
+    monkeypatch.setitem(sys.modules, "prefect.server.api.server", theirs)
+    monkeypatch.setattr(server, "_guard", lambda: SimpleNamespace(write=told.append))
+    try:
+        with server.ends_with_us(), server.ends_with_us(), server.ends_with_us():  # a command, a sweep, a chain
+            assert [thread.name for thread in threading.enumerate()].count("server guard") == 1
+            made.server_process = subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(1)"])
+            first = made.server_process.pid
+            assert processes.wait_until(lambda: len(told) == 2, processes.patience)
+    finally:
+        made.server_process.kill()
+        made.server_process.wait()
+    assert (made.starts, told) == (1, [f"{first}\n".encode(), f"{made.server_process.pid}\n".encode()])
+    with server.ends_with_us():  # and the next one watches again
+        assert [thread.name for thread in threading.enumerate()].count("server guard") == 1
+
+
+@pytest.mark.parametrize(("deployment", "seconds"), [(None, 60), (7, 600)])
+def test_the_wait_for_a_server_asks_it_nothing(deployment, seconds, monkeypatch):
+    from prefect.context import FlowRunContext
+    from prefect.runtime import deployment as theirs
+
+    from flows import server
+
+    answers, said = iter([True, True, False]), []
+    monkeypatch.delenv("JAXLM_REPORT_SECONDS", raising=False)
+    monkeypatch.setattr(server, "away", lambda: next(answers))
+    monkeypatch.setattr(server.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(theirs, "_get_flow_run", lambda run_id: pytest.fail("it is away"))
+    with FlowRunContext.model_construct(flow_run=SimpleNamespace(id=1, deployment_id=deployment)):
+        assert server.wait_until_back(said.append)
+    assert f"waiting up to {seconds} s" in said[0]
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan"])
+def test_a_wait_that_is_no_number_is_told_at_once(text, monkeypatch):
+    from flows import command, server
+    from jaxlm.errors import InputError
+
+    monkeypatch.setenv("JAXLM_REPORT_SECONDS", "2.5")
+    assert server.seconds_to_wait() == 2.5
+    monkeypatch.setenv("JAXLM_REPORT_SECONDS", text)
+    with pytest.raises(InputError, match=f"^JAXLM_REPORT_SECONDS={text}: expected a number of seconds"):
+        command.run("quickstart", flow=SimpleNamespace(name="jaxlm-pipeline"))
 
 
 @pytest.fixture
@@ -156,7 +219,8 @@ def test_tags_and_assets_go_with_a_server(monkeypatch):
     assert made.task_run_name == f"{specs[1].name} for probe"
     assert [asset.key for asset in made.assets] == [f"jaxlm://store/{specs[1].name}"]
     assert [asset.key for asset in made.asset_deps] == [f"jaxlm://store/{specs[0].name}"]
-    assert (made.retries, made.retry_jitter_factor) == (4, 1.0)
+    assert (made.retries, made.retry_delay_seconds, made.retry_jitter_factor) == (100, [2, 4, 8, 16], 1.0)
+    assert tasks.for_stage(specs[1], cfg.replace(launcher="inline")).retries == 4
     # Without one a tag would fail the task: Prefect asks the server for a place under the tag's limit.
     offline = tasks.for_stage(specs[3], cfg, online=False)
     assert offline.tags == set()
@@ -174,9 +238,12 @@ def test_what_is_worth_a_retry():
     def asked(condition, error):
         return condition(None, None, Failed(data=error))
 
-    assert asked(worth_a_retry, UnavailableError("x"))
-    assert asked(worth_a_retry, Preempted("x"))
+    condition = worth_a_retry()
+    away = [UnavailableError("x")] * 4
+    for error in [Preempted("x")] * 20 + away + [Preempted("x")] + away:
+        assert asked(condition, error)
+    assert not asked(condition, away[0])  # the fifth in a row
     for error in (InputError("x"), CancelledError("x"), StageTimeoutError("x"), RuntimeError("x")):
-        assert not asked(worth_a_retry, error)
+        assert not asked(worth_a_retry(), error)
     assert asked(worth_a_retry_inline, UnavailableError("x"))
     assert not asked(worth_a_retry_inline, Preempted("x"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+import runpy
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,125 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import model
-from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.interop.gguf import load_gguf, read_config
-from jaxlm.model.positions import rotary_frequencies
 from jaxlm.model.weights import path_of
 from jaxlm.tokenizers.bpe import TO_PRINTABLE
 
 QUICK_COMPILE = True
 gguf = pytest.importorskip("gguf", reason="reads GGUF files; install the extra: pip install -e '.[gguf]'")
 
-LLAMA: dict[str, Any] = dict(
-    vocab_size=64, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, max_seq_len=32, norm="rms",
-    position="rotary", mlp="swiglu", rope_theta=5000.0, norm_eps=1e-5,
-)  # fmt: skip
-CASES: dict[str, tuple[str, ModelConfig]] = {
-    "llama": ("llama", ModelConfig(**LLAMA)),
-    "llama-untied-biased": ("llama", ModelConfig(**LLAMA, tie_embeddings=False, attn_bias=True, attn_out_bias=True)),
-    "llama3-scaled": ("llama", ModelConfig(**LLAMA, rope_scaling=RopeScaling(factor=8.0))),
-    "qwen2": ("qwen2", ModelConfig(**LLAMA, attn_bias=True)),
-    "qwen3": ("qwen3", ModelConfig(**{**LLAMA, "head_dim": 32}, qk_norm=True)),
-    "gpt2": (
-        "gpt2",
-        ModelConfig(
-            vocab_size=64, n_layers=2, d_model=64, n_heads=4, d_ff=128, max_seq_len=32, norm="layer", norm_bias=True,
-            position="learned", mlp="gelu_tanh", attn_bias=True, attn_out_bias=True, mlp_bias=True,
-        ),
-    ),
-}  # fmt: skip
-
-# The names as gguf-py's tensor_mapping has them, against ours.
-NAMES = {
-    "embed/tokens": "token_embd.weight", "embed/positions": "position_embd.weight",
-    "final_norm/scale": "output_norm.weight", "final_norm/bias": "output_norm.bias", "head/kernel": "output.weight",
-    "norm1": "attn_norm", "norm2": "ffn_norm", "attn/q": "attn_q", "attn/k": "attn_k", "attn/v": "attn_v",
-    "attn/o": "attn_output", "attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm", "mlp/up": "ffn_up",
-    "mlp/gate": "ffn_gate", "mlp/down": "ffn_down",
-}  # fmt: skip
-
-
-def tensors_of(architecture: str, cfg: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """The tensors as the converter writes them: [outputs, inputs], llama's q and k permuted, gpt2's q, k, v in one."""
-    out: dict[str, np.ndarray] = {}
-    for key, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path, array = path_of(key), np.asarray(leaf)
-        if not path.startswith("blocks/"):
-            out[NAMES[path]] = array.T if path == "head/kernel" else array
-            continue
-        part, _, kind = path.removeprefix("blocks/").rpartition("/")
-        for i, layer in enumerate(array):
-            w = layer.T if kind == "kernel" else layer
-            if architecture == "llama" and part in ("attn/q", "attn/k"):
-                heads = cfg.n_heads if part == "attn/q" else cfg.kv_heads
-                # convert_hf_to_gguf.py, LlamaModel.permute
-                w = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-            out[f"blk.{i}.{NAMES[part]}.{'bias' if kind == 'bias' else 'weight'}"] = np.ascontiguousarray(w)
-    if architecture == "gpt2":
-        for i in range(cfg.n_layers):
-            for kind in ("weight", "bias"):
-                parts = [out.pop(f"blk.{i}.attn_{name}.{kind}") for name in "qkv"]
-                out[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate(parts)
-    if cfg.rope_scaling is not None:  # llama.cpp keeps what the frequencies are divided by
-        out["rope_freqs.weight"] = rotary_frequencies(cfg.replace(rope_scaling=None)) / rotary_frequencies(cfg)
-    return out
-
-
-def write(
-    path: Path,
-    architecture: str,
-    cfg: ModelConfig,
-    tensors: dict[str, np.ndarray],
-    *,
-    fields: dict[str, Any] | None = None,
-    types: Callable[[str, np.ndarray], Any] = lambda name, array: None,
-    tokens: Sequence[str] = (),
-) -> Path:
-    """A GGUF of these tensors.
-
-    `types` gives the quantization of each, `fields` more metadata or None to leave out, `tokens` a tokenizer's.
-    """
-    writer = gguf.GGUFWriter(path, architecture)
-    norm = "layer_norm_epsilon" if architecture == "gpt2" else "layer_norm_rms_epsilon"
-    values: dict[str, Any] = {
-        "block_count": cfg.n_layers, "context_length": cfg.max_seq_len, "embedding_length": cfg.d_model,
-        "feed_forward_length": cfg.ff, "attention.head_count": cfg.n_heads, f"attention.{norm}": cfg.norm_eps,
-    }  # fmt: skip
-    if architecture != "gpt2":
-        values |= {"attention.head_count_kv": cfg.kv_heads, "rope.freq_base": cfg.rope_theta}
-        values |= {"rope.dimension_count": cfg.d_head, "attention.key_length": cfg.d_head}
-    for name, value in (values | (fields or {})).items():
-        if isinstance(value, float):
-            writer.add_float32(f"{architecture}.{name}", value)
-        elif isinstance(value, int):
-            writer.add_uint32(f"{architecture}.{name}", value)
-        elif isinstance(value, str):
-            writer.add_string(f"{architecture}.{name}", value)
-    if tokens:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(list(tokens))
-        writer.add_token_merges([f"{tokens[0]} {tokens[0]}"])
-    for name, array in tensors.items():
-        kind = types(name, array)
-        if kind is None:
-            writer.add_tensor(name, array)
-        else:
-            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def filled(cfg: ModelConfig, seed: int = 0) -> Any:
-    """Parameters none of which is 0 or 1."""
-    shapes = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+# The helpers beside this file: as tests are imported, they cannot be.
+_HELPERS = runpy.run_path(str(Path(__file__).with_name("gguf_files.py")))
+CASES, divisors, filled, tensors_of, write = map(_HELPERS.get, ("CASES", "divisors", "filled", "tensors_of", "write"))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -160,6 +54,8 @@ def test_every_tensor_comes_to_its_place(case: tuple[str, ModelConfig, Any], tmp
     same(loaded.params, params)
     half = load_gguf(path, dtype="bfloat16").params
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+    if cfg.rope_scaling is not None:  # some of each: kept, blended, stretched
+        assert {1.0, 8.0} < set(divisors(cfg).tolist())
 
 
 def test_each_tensor_is_dequantized_by_its_own_type(tmp_path: Path) -> None:
@@ -214,11 +110,25 @@ NAN = np.full((32, 64), np.nan, np.float32)
         (put("token_embd.weight", NAN.astype(np.float64)), {}, "tensor token_embd.weight: its type F64"),
         (without("none"), {"block_count": None}, "field llama.block_count: missing"),
         (without("none"), {"block_count": 0}, "n_layers"),
+        (without("none"), {"block_count": 2**31}, "its metadata ask for 2147483648 blocks, but it has 20 tensors"),
         (without("none"), {"block_count": 3}, "tensor blk.2.attn_norm.weight: missing"),
         (without("none"), {"expert_count": 8}, "field llama.expert_count: mixtures"),
         (without("none"), {"rope.scaling.type": "yarn"}, "field llama.rope.scaling.type: 'yarn'"),
+        (without("none"), {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "rope.scaling.type: 'linear'"),
+        (without("none"), {"rope.scaling.type": "llama3"}, "field llama.rope.scaling.type: 'llama3' is not supported"),
+        (without("none"), {"rope.scaling.factor": 4.0}, "field llama.rope.scaling.factor: linear scaling"),
+        (without("none"), {"rope.scale_linear": 4.0}, "field llama.rope.scale_linear: linear scaling"),
+        (
+            without("none"),
+            {"block_count": float("nan")},
+            "field llama.block_count: expected one whole number, found nan",
+        ),
         (without("none"), {"rope.dimension_count": 8}, "field llama.rope.dimension_count: 8"),
-        (without("none"), {"context_length": "long"}, "field llama.context_length: expected one number, found 'long'"),
+        (
+            without("none"),
+            {"context_length": "long"},
+            "field llama.context_length: expected one whole number, found 'long'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -235,6 +145,25 @@ def test_what_does_not_fit_is_named(
     assert "\n" not in str(caught.value)
 
 
+def test_types_that_parameters_may_have(tmp_path: Path) -> None:
+    cfg = CASES["llama"][1]
+    tensors = tensors_of("llama", cfg, filled(cfg))
+    tensors["output_norm.weight"] = np.full(64, 1e6, np.float32)
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors)
+    for dtype in ("int8", bool, np.float64, "half a float"):
+        with pytest.raises(InputError, match="dtype: parameters are float32, bfloat16, float16, found"):
+            load_gguf(path, dtype=dtype)
+    with pytest.raises(InputError, match=r"tensor output_norm.weight: has numbers beyond float16; load it as float32"):
+        load_gguf(path, dtype="float16")
+
+
+def test_an_architecture_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "x.gguf", "llama", CASES["llama"][1], {})
+    monkeypatch.setattr(gguf.ReaderField, "contents", lambda self: ["llama"])
+    with pytest.raises(InputError, match=r"general.architecture: \['llama'\] is not supported"):
+        read_config(path)
+
+
 def test_an_unknown_architecture(tmp_path: Path) -> None:
     path = write(tmp_path / "x.gguf", "mamba", CASES["llama"][1], {})
     with pytest.raises(InputError, match=r"general.architecture: 'mamba' is not supported; supported are llama, qwen2"):
@@ -249,8 +178,9 @@ def test_a_sliding_window_is_the_context(tmp_path: Path) -> None:
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    cfg = CASES["llama"][1]
-    path = write(tmp_path / "x.gguf", "llama", cfg, tensors_of("llama", cfg, filled(cfg)))
+    cfg = CASES["llama"][1].replace(vocab_size=256)
+    tensors, tokens = tensors_of("llama", cfg, filled(cfg)), list(TO_PRINTABLE.values())
+    path = write(tmp_path / "x.gguf", "llama", cfg, tensors, tokens=[*tokens[:-1], 2 * tokens[0]])
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(

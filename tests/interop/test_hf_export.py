@@ -134,6 +134,12 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_kept(random_params, 
     with pytest.raises(InputError, match=r"out: holds notes\.txt, which an export would remove"):
         save_hf(out, first, random_params(first))
     assert load_hf(out).cfg == second
+    (out / "notes.txt").unlink()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "jaxlm"}))
+    with pytest.raises(InputError, match=r"out: holds config\.json"):  # a model of somebody else's has the same files
+        save_hf(out, first, random_params(first))
+    assert load_hf(out).cfg.d_model == second.d_model
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

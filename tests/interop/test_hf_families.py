@@ -211,11 +211,21 @@ def test_our_own_options_count_while_the_rest_agrees():
     assert not edited.scan_layers
 
 
+def test_fields_that_say_the_same_in_another_way():
+    raw = PUBLISHED["llama-3.2-1b"]
+    cfg = read_config(raw, "config.json")[1]
+    for changes in (
+        {"hidden_act": "swish"}, {"rope_parameters": raw["rope_scaling"]}, {"layer_types": ["full_attention"] * 16},
+    ):  # fmt: skip
+        assert read_config(raw | changes, "config.json")[1] == cfg
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("gpt2", {"model_type": "mamba"}, "field model_type: 'mamba' is not supported; jaxlm reads gpt2, llama"),
         ("gpt2", {"model_type": None}, "field model_type: None"),
+        ("gpt2", {"model_type": ["llama"]}, "field model_type: ['llama'] is not supported"),
         ("gpt2", {"activation_function": "mish"}, "field activation_function: 'mish' is not supported"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "field scale_attn_by_inverse_layer_idx: True"),
         ("gpt2", {"n_layer": "12"}, "field n_layer: expected a whole number, found '12'"),
@@ -228,9 +238,27 @@ def test_our_own_options_count_while_the_rest_agrees():
         ("llama-3.2-1b", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rotary type 'dynamic'"),
         ("llama-3.2-1b", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: field factor: missing"),
         ("llama-3.2-1b", {"rope_parameters": "default"}, "field rope_parameters: expected an object"),
+        ("llama-3.2-1b", {"rope_parameters": {"rope_type": "default"}}, "field rope_scaling: says something else"),
+        (
+            "qwen3-0.6b",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "field full_attention: rotary emb",
+        ),
+        ("qwen3-0.6b", {"rope_scaling": {"factor": 4.0}}, "rope_scaling: field rope_type: missing, though there is"),
+        ("qwen3-0.6b", {"rope_scaling": {"rope_type": "default", "type": "linear"}}, "'default' and type 'linear' con"),
+        ("qwen3-0.6b", {"rope_theta": 0}, "rope_theta: input should be greater than 0, found 0"),
+        ("qwen3-0.6b", {"rope_parameters": {"rope_theta": 0.0}}, "rope_theta: input should be greater than 0"),
         ("llama-3.2-1b", {"partial_rotary_factor": 0.5}, "field partial_rotary_factor: 0.5 is not supported"),
         ("qwen2.5-0.5b", {"use_sliding_window": True, "max_window_layers": 10}, "sliding window is not supported"),
-        ("qwen3-0.6b", {"layer_types": ["sliding_attention"]}, "sliding window is not supported"),
+        ("qwen3-0.6b", {"layer_types": ["sliding_attention"]}, "field layer_types: only full_attention is supported"),
+        ("llama-3.2-1b", {"layer_types": ["chunked_attention"]}, "field layer_types: only full_attention is supported"),
+        ("llama-3.2-1b", {"layer_types": 3}, "field layer_types: only full_attention is supported, found 3"),
+        # Of 48 layers those from transformers' default of 28 on would have a window.
+        (
+            "qwen2.5-0.5b",
+            {"use_sliding_window": True, "max_window_layers": None, "num_hidden_layers": 48},
+            "sliding window is not supported",
+        ),
     ],
 )
 def test_what_the_model_does_not_have_is_refused(name, changes, message):

@@ -13,10 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxlm import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.interop import load_hf
+from jaxlm.loading import load_model
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,6 +103,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "type": (lambda h: h[NORM].update(dtype="Q4"), f"tensor {NORM}: type 'Q4' is not supported"),
     "negative": (lambda h: h[NORM].update(data_offsets=[-96, 0]), f"tensor {NORM}: its entry in the header"),
     "text": (lambda h: h[NORM].update(shape="24"), f"tensor {NORM}: its entry in the header"),
+    "type list": (lambda h: h[NORM].update(dtype=["F32"]), f"tensor {NORM}: its entry in the header"),
     "nothing": (lambda h: h.update({NORM: None}), f"tensor {NORM}: its entry in the header is None"),
     "huge": (lambda h: h[NORM].update(shape=[2**70]), f"tensor {NORM}: 96 bytes do not hold"),
 }
@@ -168,7 +171,13 @@ def test_an_index_that_does_not_fit_its_shards(stored, tensors_of):
     refused(with_map(swapped), f"model-00001-of-00002.safetensors: tensor {first} is missing, but {INDEX} says")
     outside = index["weight_map"] | {first: "../model.safetensors"}
     refused(with_map(outside), f"tensor {first}: shard '../model.safetensors' is not a file of this directory")
-    refused(with_map({name: shard for name, shard in index["weight_map"].items() if name != first}), first, "missing")
+    for shard in ("", "..", "folder"):
+        (model / "folder").mkdir(exist_ok=True)
+        refused(with_map(index["weight_map"] | {first: shard}), f"tensor {first}" if shard != "folder" else "missing")
+    # What the index does not list counts all the same, where it is.
+    load_hf(with_map({name: shard for name, shard in index["weight_map"].items() if name != first}))
+    save_file({"score.weight": np.ones(2, np.float32), **load_file(model / SHARD)}, model / SHARD)
+    refused(with_map(index["weight_map"]), f"{model / SHARD}: tensor score.weight has no place in a qwen3 model")
     refused(with_map(["a"]), f"{model / INDEX}: field weight_map: expected")
     (model / INDEX).write_text("{")
     refused(model, f"{model / INDEX}: not readable as JSON")
@@ -245,3 +254,9 @@ def test_places_that_are_no_model(tmp_path):
     refused(tmp_path / "no" / "such", f"{tmp_path / 'no' / 'such'}: there is no such directory")
     refused(tmp_path, "revision: ", "is a directory and has none", revision="main")
     refused(tmp_path, f"{tmp_path / 'config.json'}: no such file")
+    for wrong in (None, [tmp_path], ""):
+        refused(wrong, "dir_or_repo_id: expected a directory or owner/name, found")
+    refused("owner/model", "revision: expected a commit, tag or branch, found 5", revision=5)
+    assert len(refused("a" * 5000, "aaa: there is no such directory")) < 400
+    with pytest.raises(InputError, match=r"name: aaa.* is too long"):
+        load_model("a" * 5000)

@@ -20,10 +20,16 @@ ASK = """
 import json, sys
 from jaxlm.errors import JaxlmError
 from jaxlm.interop import load_hf
+from jaxlm.loading import load_model, read_shape
 
 for line in sys.stdin:
-    repo, revision = json.loads(line)
+    repo, revision, what = json.loads(line)
     try:
+        if what == "shape":
+            print(json.dumps({"vocab_size": read_shape(repo).vocab_size}), flush=True)
+            continue
+        if what == "model":
+            load_model(repo)  # which has no tokenizer
         cfg, params, tokenizer = load_hf(repo, revision=revision)
         answer = {"vocab_size": cfg.vocab_size, "first": float(params["embed"]["tokens"][0, 0])}
     except JaxlmError as error:
@@ -118,10 +124,10 @@ def ask(hub, tmp_path) -> Iterator[Callable[..., dict[str, Any]]]:
         [sys.executable, "-c", ASK], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
-    def question(repo: str, revision: str | None = None) -> dict[str, Any]:
+    def question(repo: str, revision: str | None = None, what: str = "weights") -> dict[str, Any]:
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(json.dumps([repo, revision]) + "\n")
+        child.stdin.write(json.dumps([repo, revision, what]) + "\n")
         child.stdin.flush()
         return json.loads(child.stdout.readline())
 
@@ -131,10 +137,15 @@ def ask(hub, tmp_path) -> Iterator[Callable[..., dict[str, Any]]]:
 
 def test_a_repository_is_fetched_once_pinned_and_there_without_a_network(hub, ask, tensors_of):
     first = float(tensors_of("qwen3")["model.embed_tokens.weight"][0, 0])
+    assert ask("owner/model", what="shape") == {"vocab_size": 61}
+    assert hub.fetched == ["config.json"]  # nobody asks for the weights
     assert ask("owner/model") == {"vocab_size": 61, "first": first}
     assert "pytorch_model.bin" not in hub.fetched
     assert len([name for name in hub.fetched if name.endswith(".safetensors")]) == 2
     assert ask("owner/model", "v1")["first"] == 2 * first
+    assert ask("owner/model@v1", what="shape") == {"vocab_size": 61}
+    answer = ask("owner/model@v1", what="model")
+    assert answer["text"].startswith("owner/model@v1: there is no tokenizer with these weights")
     fetched = len(hub.fetched)
     assert ask("owner/model")["first"] == first
     assert len(hub.fetched) == fetched

@@ -26,7 +26,7 @@ def make_job(tmp_path):
 def ended():
     """ended(launcher, handle, seconds) -> the status of a job that has ended within that time."""
 
-    def wait(launcher, handle, seconds=30.0):
+    def wait(launcher, handle, seconds=60.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             status = launcher.poll(handle)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jaxlm.errors import InputError, Preempted, UnavailableError
-from jaxlm.launch import kept, kubernetes, submit_once
+from jaxlm.launch import for_stage, kept, kubernetes, submit_once
 from jaxlm.launch.kubernetes import KubernetesLauncher, jobset_name
 from jaxlm.launch_config import KubernetesConfig, LaunchConfig
 from jaxlm.stages.runner import CancelledError, run_stage
@@ -50,7 +50,7 @@ FULL = dict(
 )  # fmt: skip
 
 
-def test_the_manifest_asks_for_what_is_configured(launcher, make_job):
+def test_the_manifest_asks_for_what_is_configured(launcher, config, make_job):
     job = make_job("python", "-m", "jaxlm.stages.pretrain", "it's: here", processes=2, GREETING="a: 'b'")
     found = yaml.safe_load(launcher(**FULL).manifest(job))
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -63,6 +63,8 @@ def test_the_manifest_asks_for_what_is_configured(launcher, make_job):
     pod = job_spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] == 60
+    patient = for_stage(LaunchConfig(kind="kubernetes", grace_seconds=150.5, kubernetes=config(**FULL)), "pretrain")
+    assert "terminationGracePeriodSeconds: 151\n" in patient.manifest(job)
     assert pod["serviceAccountName"] == "trainer"
     assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-topology": "2x4", "zone": "a"}
     (container,) = pod["containers"]
@@ -158,6 +160,26 @@ def test_none_is_launched_twice(api, launcher, make_job, ended):
     assert sum(method == "POST" for method, _, _ in api.requests) == 3
 
 
+def test_a_job_that_is_being_deleted_is_waited_for_and_replaced(api, launcher, make_job, ended, monkeypatch, tmp_path):
+    saving = f"trap '' TERM; touch {tmp_path}/up; while [ ! -e {tmp_path}/saved ]; do sleep 0.05; done; exit 75"
+    handle, _ = submit_once(launcher(), make_job("/bin/sh", "-c", saving))
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    api.delete(handle.id, {"propagationPolicy": "Foreground"})  # somebody does
+    status = launcher().poll(handle)
+    assert (status.phase, status.reason) == ("ending", f"JobSet {handle.id} is being deleted")
+    with monkeypatch.context() as patch:
+        patch.setattr(kubernetes, "POD_GRACE", 0)
+        patch.setattr(kubernetes, "GONE_SECONDS", 0.0)
+        with pytest.raises(UnavailableError, match="an earlier one is still being deleted; try again later"):
+            submit_once(launcher(), make_job("true"))
+    (tmp_path / "saved").touch()
+    new, there = submit_once(launcher(), make_job("true"))
+    assert not there
+    assert ended(launcher(), new).exit_code == 0
+    assert sum(method == "POST" for method, _, _ in api.requests) == 2
+
+
 def test_how_a_job_ended(api, launcher, make_job, ended):
     one = launcher()
     handle = one.submit(make_job("/bin/sh", "-c", "echo 'no such module'; exit 3"))
@@ -221,6 +243,8 @@ def test_an_api_that_is_away_is_waited_for(api, launcher, make_job, ended, monke
     status = one.poll(handle)
     assert status.phase == "running"
     assert "503" in status.reason
+    api.refusal = (401, "Unauthorized", "Unauthorized")  # a login that is being renewed
+    assert one.poll(handle).phase == "running"
     monkeypatch.setattr(kubernetes, "AWAY_SECONDS", 0.0)
     time.sleep(0.01)
     with pytest.raises(UnavailableError, match=f"The job {handle.id} goes on"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,8 @@ def test_the_batch_script_asks_for_what_is_configured(make_job):
     assert """export GREETING='it'"'"'s'""" in lines
     assert lines[-1] == "srun --kill-on-bad-exit=1 python -m 'a stage'"
     assert any(line.startswith("JAXLM_COORDINATOR=") for line in lines)
-    alone = SlurmLauncher(SlurmConfig()).script(make_job("true"))
+    alone = SlurmLauncher(SlurmConfig(nodes=4)).script(make_job("true"))
+    assert "#SBATCH --nodes=1\n" in alone  # srun would not spread one process over four
     assert "JAXLM_COORDINATOR" not in alone
     assert "gpus" not in alone
     # bash reads it without running it
@@ -106,6 +108,9 @@ def test_a_template_of_ones_own(make_job, tmp_path):
 
 def test_a_job_from_its_submission_to_its_end(cluster, launcher, make_job, ended):
     job = make_job("/bin/sh", "-c", "echo $JAXLM_NUM_PROCESSES:$SLURM_PROCID:$COLOR", processes=2, COLOR="blue")
+    directory = job.directory.parent / "at 100%j, it is"  # %j is the job's number where sbatch reads it
+    directory.mkdir()
+    job = replace(job, directory=directory)
     (cluster.home / "hold").touch()
     handle, there = submit_once(launcher, job)
     assert not there
@@ -130,6 +135,18 @@ def test_who_comes_later_goes_on_with_the_job_and_none_is_launched_twice(cluster
     new, there = submit_once(SlurmLauncher(QUICK), job)  # the old one has ended: this is a new one
     assert not there
     assert new.id != handle.id
+
+
+def test_a_job_that_is_ending_is_not_gone_on_with(cluster, launcher, make_job, ended):
+    (cluster.home / "hold").touch()
+    handle, _ = submit_once(launcher, make_job("true"))
+    cluster.set(handle.id, state="COMPLETING")
+    new, there = submit_once(launcher, make_job("true"))
+    assert not there
+    assert new.id != handle.id
+    cluster.set(handle.id, state="CANCELLED by 0")
+    (cluster.home / "hold").unlink()
+    assert ended(launcher, new).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -236,6 +253,26 @@ def test_a_flow_that_was_killed_goes_on_with_its_job(cluster, stage):
     assert f"pretrain: goes on as slurm job {handle.id}" in lines
     assert cluster.jobs() == [handle.id]
     assert kept(manifest.directory) is None
+
+
+def test_a_job_of_which_nothing_is_heard_goes_on_and_the_next_command_with_it(cluster, stage, monkeypatch):
+    spec, lines = stage("write"), []
+    (cluster.home / "hold").touch()
+    cluster.fault(sacct="slurm_persist_conn_open: Unable to connect to slurmdbd: Connection refused")
+    with monkeypatch.context() as patch:
+        patch.setattr(slurm, "AWAY_SECONDS", 0.0)
+        with pytest.raises(UnavailableError, match=r"The job \d+ goes on; run the same command later\.$"):
+            run_stage(spec, launch=ON_SLURM, echo=lines.append)
+    (number,) = cluster.jobs()
+    assert (cluster.home / number / "state").read_text() == "PENDING"  # and not cancelled
+    handle = kept(spec.directory)
+    assert handle is not None
+    assert handle.id == number
+    cluster.fault()
+    (cluster.home / "hold").unlink()
+    run_stage(spec, launch=ON_SLURM, echo=lines.append)
+    assert f"pretrain: goes on as slurm job {number}" in lines
+    assert cluster.jobs() == [number]
 
 
 class Asked(BaseException):

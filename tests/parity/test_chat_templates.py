@@ -143,3 +143,26 @@ def test_the_bos_rule_is_followed_there(
         assert peer.from_pretrained(tmp_path)("the café").input_ids == ids
     # What reads tokenizer.json alone follows it too.
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("the café").ids == ids
+
+
+@pytest.mark.parametrize("add_bos", [False, True, None])
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_bos_rule_of_files_made_by_others(
+    transformers: Any, tmp_path: Path, adds: bool, add_bos: bool | None
+) -> None:
+    """tokenizer_config.json and the post-processor may contradict each other: the latter counts, in both."""
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    if adds:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair=None, special_tokens=[("<s>", 256)]
+        )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    rule = {} if add_bos is None else {"add_bos_token": add_bos}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | rule))
+    ours = hf_files.from_directory(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert peer("the café").input_ids == [*ours.start_ids, *ours.encode("the café")]
+    assert ours.start_ids == (256,) * adds

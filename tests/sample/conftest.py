@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.model import init
+from jaxlm.sample import cuts
 
 QUICKER = {"xla_cpu_use_fusion_emitters": False}
 
@@ -87,6 +88,23 @@ def windows() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
         return out, lengths
 
     return naive
+
+
+@pytest.fixture(scope="session")
+def window_suffices() -> Callable[..., np.ndarray]:
+    """window_suffices(logits, width, options) -> bool[B]: a window of `width` tokens holds all that a row keeps."""
+
+    def look(x: Any, option: Any, width: int) -> jax.Array:
+        return cuts.look(cuts.as_rows(x, option), width).suffices
+
+    looked = jax.jit(look, static_argnums=2)
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+
+    def suffices(x: np.ndarray, width: int, options: dict[str, np.ndarray]) -> np.ndarray:
+        given = off | options  # in the order of the first
+        return np.asarray(looked(x, cuts.per_row(jax.numpy.asarray(x), *given.values()), width))
+
+    return suffices
 
 
 @pytest.fixture(scope="session")

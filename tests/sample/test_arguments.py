@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import loading
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.loading import load_model
@@ -24,10 +25,19 @@ from jaxlm.sample import (
     speculate,
     stream,
 )  # fmt: skip
-from jaxlm.sample.arguments import check_key, check_lengths, check_prompts, check_sampling, check_stops
+from jaxlm.sample.arguments import (
+    check_ends,
+    check_key,
+    check_lengths,
+    check_prompts,
+    check_sampling,
+    check_stops,
+    real_vocab,
+)  # fmt: skip
 
 V = 9
 CFG = ModelConfig(kind="bigram", vocab_size=V, max_seq_len=32)
+PADDED = CFG.replace(vocab_size=V + 7)
 PARAMS = {"bigram": {"table": jnp.zeros((V, V))}}
 MANY = {"generate": generate, "speculate": speculate, "beam_searches": beam_searches}
 
@@ -167,6 +177,10 @@ def test_one_sentence_about_how_to_sample(change, message):
         (lambda: serve(CFG, PARAMS, [Request([1], 4)], slots=2, capacity="a"), "capacity: must be an integer"),
         (lambda: serve(CFG, PARAMS, [Request([1], 4, {"top_k": 3})], slots=2), "sampling 0: expected jaxlm.Sampling"),
         (lambda: serve(CFG, PARAMS, [Request([1], 4, stop_ids=5)], slots=2), "stop_ids: expected a list"),
+        (
+            lambda: serve(PADDED, PARAMS, [Request([1], 4, stop_ids=(V,))], slots=2, tokenizer=Letters()),
+            f"stop_ids: {V} is never produced",
+        ),
         (lambda: engine.init("nano", PARAMS, slots=2, capacity=16, n_new=8), "cfg: expected a ModelConfig"),
         (lambda: engine.init(CFG, PARAMS, slots=2, capacity=16, n_new=8, key="a"), "key: expected one typed key"),
         (lambda: prepare(CFG, [1]), "params: expected the model's weights"),
@@ -176,6 +190,10 @@ def test_one_sentence_about_how_to_sample(change, message):
         (
             lambda: filter_logits(np.zeros((2, V)), top_k="many"),
             r"top_k: must be a number or \(2,\) of them, found 'many'",
+        ),
+        (
+            lambda: filter_logits(np.zeros((2, V)), top_k=2**31),
+            r"top_k: must be a number or \(2,\) of them that int32 can hold, found 2147483648",
         ),
         (lambda: filter_logits(np.zeros((2, V)), top_p=np.ones(3)), r"top_p: .* found shape \(3,\)"),
         (lambda: sample_token(0, np.zeros((2, V))), r"keys: expected typed keys of shape \(2,\) .* found 0"),
@@ -187,6 +205,37 @@ def test_one_sentence_about_how_to_sample(change, message):
 def test_one_sentence_of_each_its_own(call, message):
     with pytest.raises(InputError, match=f"^({message})"):
         call()
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_stop_id_that_the_tokenizer_lacks_is_refused(name):
+    """The model's vocabulary is padded, and what is beyond the tokenizer's is never produced."""
+    given = {"max_new_tokens": 4, "stop_ids": (1, V)} | ({"n_beams": 2} if name == "beam_searches" else {})
+    with pytest.raises(InputError, match=f"^stop_ids: {V} is never produced, for ids from {V} on"):
+        MANY[name](PADDED, PARAMS, [[1]], tokenizer=Letters(), **given)
+    assert check_ends(PADDED, (), (1, V), None) == ((), (1, V))
+
+
+def test_a_loaded_model_ends_at_ids_that_can_be_produced():
+    """Files may name more, and what one gets with a model must not be refused."""
+
+    class Named(Letters):
+        stop_ids, eot_id = (1, V, V + 9), 2
+
+    assert loading._stop_ids(Named(), PADDED) == (1, 2)
+
+
+def test_added_tokens_are_part_of_a_tokenizer():
+    """transformers counts them in its length only."""
+
+    class Added(Letters):
+        def __len__(self):
+            return V + 2
+
+    assert real_vocab(PADDED, Letters()) == V
+    assert real_vocab(PADDED, Added()) == V + 2
+    assert real_vocab(CFG, Added()) == V
+    assert check_ends(PADDED, (), (V + 1,), Added()) == ((), (V + 1,))
 
 
 def test_what_may_be_given_in_more_than_one_way():

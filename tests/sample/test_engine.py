@@ -37,6 +37,10 @@ class Letters:
         return "".join(chr(ord("a") + i) for i in ids)
 
 
+class Wide(Letters):
+    vocab_size = V
+
+
 @pytest.fixture(scope="module", autouse=True)
 def counted(compiled):
     """counted() -> compilations of the engine's functions since the first of these tests."""
@@ -132,7 +136,7 @@ def test_what_exceeds_the_context_slides_beside_what_does_not(params, requests, 
         assert got[i].tokens == scores.argmax(-1).tolist()
         np.testing.assert_allclose(got[i].log_probs, scores.max(-1), atol=1e-4)
 
-    state = engine.insert(CFG, params, engine_of(params), 0, long[1], overflow="slide")  # a full window
+    state = engine.insert(CFG, params, engine_of(params), 0, long[1], index=0, overflow="slide")  # a full window
     state = engine.step(CFG, params, state, 3)
     assert state.rows.n_new[0] == 1
     state = engine.step(CFG, params, state, 3)  # does not move before it is cut
@@ -159,6 +163,22 @@ def test_order_slots_and_neighbours_change_no_bit(params, requests, answers):
                 state = engine.free(state, slot)
 
 
+def test_the_key_of_an_engine_is_that_of_a_call(params, requests):
+    """Requests draw as in a `generate` with the key, each by its number, and an answer is seen as it grows."""
+    state, mine = engine.init(CFG, params, **SHAPE, n_top=TOP, key=7), requests[1]
+    for slot in range(3):
+        state = engine.insert(CFG, params, state, slot, mine, index=slot)
+    state = engine.step(CFG, params, state, 3)
+    early = [engine.peek(state, slot, tokenizer=Wide()) for slot in range(3)]
+    state = engine.step(CFG, params, state, 100)
+    done = {slot: engine.harvest(state, slot, tokenizer=Wide()) for slot in range(3)}
+    assert_same(done, generated(params, [mine] * 3, key=7, tokenizer=Wide()))
+    assert len({str(answer.tokens) for answer in done.values()}) == 3
+    for slot, answer in enumerate(early):
+        assert (answer.tokens, answer.log_probs) == (done[slot].tokens[:3], done[slot].log_probs[:3])
+        assert (answer.finish_reason, answer.text) == (None, done[slot].text[:3])
+
+
 def test_compilations_are_bounded(params, counted):
     """Every length that fits: one step, one insertion for each power of two of the prompt, 16 and 32."""
     every = [Request([n % V] * n, 1 + n % 2, Sampling(top_k=n, seed=n), stop_ids=(n % 7,)) for n in range(1, 31)]
@@ -169,7 +189,7 @@ def test_compilations_are_bounded(params, counted):
 def test_a_step_ends_with_the_first_request_that_does(params, requests):
     state = engine_of(params)
     for slot, (prompt, n) in enumerate((([1], 9), ([2, 3], 4))):
-        state = engine.insert(CFG, params, state, slot, Request(prompt, n, Sampling(temperature=0)))
+        state = engine.insert(CFG, params, state, slot, Request(prompt, n, Sampling(temperature=0)), index=slot)
     state = engine.step(CFG, params, state, 100)
     assert state.rows.n_new[:2].tolist() == [4, 4]
     assert state.rows.finished[:2].tolist() == [0, 2]
@@ -204,8 +224,8 @@ def test_stop_strings_and_text(params):
 
 
 def test_more_stop_ids_than_any_before_make_room(params, requests):
-    state = engine.insert(CFG, params, engine_of(params), 2, requests[0])
-    state = engine.insert(CFG, params, state, 0, Request([1], 2, stop_ids=tuple(range(20, 45))))
+    state = engine.insert(CFG, params, engine_of(params), 2, requests[0], index=0)
+    state = engine.insert(CFG, params, state, 0, Request([1], 2, stop_ids=tuple(range(20, 45))), index=1)
     assert state.requests.stop_ids[0].tolist() == [*range(20, 45), *[-1] * 7]
     assert state.requests.stop_ids[2].tolist() == [50, 51, *[-1] * 30]
     assert state.requests.stop_ids[1].tolist() == state.idle.stop_ids[0].tolist() == [-1] * 32
@@ -247,7 +267,7 @@ def test_a_bigram_has_no_keys_to_copy():
     cfg = ModelConfig(kind="bigram", vocab_size=257, max_seq_len=32)  # and all sizes: the programs of test_bad_input.py
     params = {"bigram": {"table": jnp.zeros((257, 257))}}
     state = engine.init(cfg, params, slots=3, capacity=32, n_new=16)
-    state = engine.insert(cfg, params, state, 1, Request([1, 3], 2))
+    state = engine.insert(cfg, params, state, 1, Request([1, 3], 2), index=0)
     rows = state.rows
     assert [leaf.tolist() for leaf in (rows.last, rows.cache.length, rows.finished)] == [
         [0, 3, 0],
@@ -260,7 +280,7 @@ def test_a_bigram_has_no_keys_to_copy():
 
 def test_bad_use_is_one_clear_error(params):
     state = engine_of(params)
-    state = engine.insert(CFG, params, state, 1, Request([1], 2))
+    state = engine.insert(CFG, params, state, 1, Request([1], 2), index=0)
     for slot, request, message in (
         (1, Request([1], 2), "slot: 1 is in use"),
         (4, Request([1], 2), "slot: must be between 0 and 3, found 4"),
@@ -270,17 +290,22 @@ def test_bad_use_is_one_clear_error(params):
         (0, Request([1], 2, stop_ids=(V,)), f"stop_ids: {V} is outside"),
     ):
         with pytest.raises(InputError, match=message):
-            engine.insert(CFG, params, state, slot, request)
+            engine.insert(CFG, params, state, slot, request, index=1)
+    padded = state._replace(requests=state.requests._replace(n_vocab=np.int32(26)))
+    with pytest.raises(InputError, match="stop_ids: 26 is never produced"):
+        engine.insert(CFG, params, padded, 0, Request([1], 2, stop_ids=(26,)), index=1)
     small = engine.init(CFG, params, slots=1, capacity=24, n_new=ROOM)
     for length, way, message in (
         (20, "refuse", "20 tokens and 10 new ones exceed a slot's capacity of 24"),
         (30, "slide", "its window is to slide, which needs capacity=32"),
     ):
         with pytest.raises(InputError, match=message):
-            engine.insert(CFG, params, small, 0, Request([1] * length, 10), overflow=way)
+            engine.insert(CFG, params, small, 0, Request([1] * length, 10), index=0, overflow=way)
     for slot, message in ((0, "slot: 0 holds no request"), (1, "still runs")):
         with pytest.raises(InputError, match=message):
             engine.harvest(state, slot)
+    with pytest.raises(InputError, match="slot: 0 holds no request"):
+        engine.peek(state, 0)
     for sizes, message in (
         ({"slots": 0}, "slots: must be at least 1"),
         ({"capacity": 33}, "capacity: must be at most the model's context of 32"),

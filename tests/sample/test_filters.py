@@ -87,7 +87,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("vocab", "rows"), [(VOCAB, ROWS), slow(1, 20), slow(7, 180), slow(50257, 9)])
-def test_keeps_what_sorting_keeps_on_both_paths(vocab, rows):
+def test_keeps_what_sorting_keeps_on_both_paths(vocab, rows, window_suffices):
     x, options = cases(vocab, rows, seed=vocab)
     searched = np.asarray(filter_logits(x, **options, window=0))
     for i in range(rows):
@@ -109,6 +109,26 @@ def test_keeps_what_sorting_keeps_on_both_paths(vocab, rows):
         picked = {name: value[some] for name, value in options.items()}
         windowed = np.asarray(filter_logits(x[some], **picked, window=40))
         assert np.array_equal(windowed, np.asarray(filter_logits(x[some], **picked, window=0)))
+    assert window_suffices(x[some], 40, picked).all()  # it was taken
+
+
+@pytest.mark.slow
+def test_a_window_of_any_width_keeps_what_the_search_keeps():
+    """Nearly flat: sums over more than 1024 tokens would overflow, so that is as wide as a window gets."""
+    x = np.random.default_rng(7).normal(size=(1, 5000)).astype(np.float32) * 1e-3
+    for k in (1000, 2999):
+        want = np.asarray(filter_logits(x, top_k=k, top_p=0.5, window=0))
+        assert np.array_equal(want[0], reference(x[0], top_k=k, top_p=0.5))
+        assert np.array_equal(np.asarray(filter_logits(x, top_k=k, top_p=0.5, window=3000)), want)
+
+
+def test_the_width_of_a_window():
+    assert [cuts.width(5000, window) for window in (0, 7, 1024, 3000, None)] == [0, 7, 1024, 1024, 0]
+    assert [cuts.width(1000, window) for window in (3000, None)] == [1000, 0]
+    assert cuts.width(8192, None) == 64
+    for window, message in ((-1, "must be at least 0, found -1"), (2.5, "must be an integer, found 2.5")):
+        with pytest.raises(InputError, match=f"window: {message}"):
+            filter_logits(np.zeros((1, 4)), window=window)
 
 
 def test_the_most_likely_of_a_large_vocabulary_are_found_by_groups():
@@ -119,6 +139,10 @@ def test_the_most_likely_of_a_large_vocabulary_are_found_by_groups():
     assert np.array_equal(values, -np.sort(-x)[:, :64])
     assert np.array_equal(np.take_along_axis(x, places, axis=1), values)
     assert [len(set(row)) for row in places[:2].tolist()] == [64, 64]
+    # Not where int32 has no room for places in all rows together; gathered are members of groups.
+    for rows, grouped in ((4, True), (2**17, False)):
+        program = jax.make_jaxpr(lambda x: cuts.most_likely(x, 64))(jax.ShapeDtypeStruct((rows, 33_001), jnp.float32))
+        assert ("gather" in str(program)) == grouped
 
 
 def test_a_row_alone_is_a_row_of_a_batch():
@@ -214,6 +238,15 @@ def test_each_filter_works_alone():
     for alone, name in ((filters.top_p, "top_p"), (filters.min_p, "min_p"), (filters.typical, "typical_p")):
         assert np.array_equal(alone(x, option), filter_logits(x, **{name: option}))
         assert np.isneginf(alone(x, 0.5)).any()
+
+
+def test_filters_one_after_another_are_all_of_them_at_once():
+    x, options = cases(VOCAB, ROWS, seed=6)
+    steps = (filters.temperature, filters.top_k, filters.top_p, filters.min_p, filters.typical)
+    y = x
+    for step, name in zip(steps, ("temperature", "top_k", "top_p", "min_p", "typical_p"), strict=True):
+        y = step(y, options[name])
+    assert np.array_equal(y, filter_logits(x, **options))
 
 
 def test_gradient_reaches_kept_logits_only():

@@ -12,7 +12,8 @@ import pytest
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import apply
-from jaxlm.sample import Sampling, drive, generate, prepare, requests
+from jaxlm.model.blocks import product
+from jaxlm.sample import Sampling, drive, generate, prepare, requests, speculate
 
 QUICK_COMPILE = True
 
@@ -243,13 +244,32 @@ def test_prepared_weights_give_the_same_logits_and_prepare_is_idempotent(random_
     cfg, tokens = SMALL.replace(compute_dtype="bfloat16"), jnp.arange(16)[None]
     params = random_params(cfg)
     prepared = prepare(cfg, params)
-    assert [layer["mlp"]["up"]["kernel"].dtype for layer in prepared["blocks"]] == [jnp.bfloat16] * 2
+    assert [layer["mlp"]["up"]["turned"].dtype for layer in prepared["blocks"]] == [jnp.bfloat16] * 2
     assert prepared["blocks"][0]["norm1"]["scale"].dtype == jnp.float32
     again = prepare(cfg, prepared)
     assert jax.tree.structure(again) == jax.tree.structure(prepared)
     assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(prepared), strict=True))
     full = jax.jit(apply)
-    assert np.array_equal(full(cfg, prepared, tokens), full(cfg, params, tokens))
+    logits = full(cfg, params, tokens)
+    # Products with turned matrices add in another order; bfloat16 keeps 8 bits of each sum.
+    np.testing.assert_allclose(full(cfg, prepared, tokens), logits, atol=2**-6 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_product_with_a_turned_matrix_is_that_with_the_matrix(rows):
+    rng = np.random.default_rng(0)
+    x, matrix = rng.normal(size=(rows, 2, 64)).astype(np.float32), rng.normal(size=(64, 48)).astype(np.float32)
+    got = jax.jit(product)(x, matrix.T.copy())
+    np.testing.assert_allclose(got, x.astype(np.float64) @ matrix.astype(np.float64), atol=1e-4)
+
+
+def test_prepared_weights_give_the_same_logits_in_float32_with_either_head(random_params):
+    tokens = jnp.arange(8)[None]
+    for cfg in (SMALL, SMALL.replace(tie_embeddings=True)):
+        params = random_params(cfg)
+        prepared = prepare(cfg, params)
+        assert "kernel" not in prepared.get("head", {})
+        np.testing.assert_allclose(apply(cfg, prepared, tokens), apply(cfg, params, tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +309,32 @@ def test_a_cache_ends_where_the_context_does(monkeypatch):
         (request,) = requests.check(cfg, [[1] * length], None, new, "refuse")
         drive.start(cfg, {}, [request], slots=2, key=jax.random.key(0), stop_ids=(), n_vocab=V)
         assert made.pop() == want
+
+
+def test_decoding_takes_over_the_cache(params):
+    group = requests.check(CFG, [[1, 2]], GREEDY, 9, "refuse")
+    run = {"slots": 4, "key": jax.random.key(0), "stop_ids": (), "n_vocab": V, "n_top": 2}
+    asked, state = drive.start(CFG, params, group, **run)
+    drive.advance(CFG, params, asked, state, 1, slides=False)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
+
+
+@pytest.mark.slow
+def test_numbers_of_64_bits_change_no_answer():
+    cfg, table = ModelConfig(kind="bigram", vocab_size=9, max_seq_len=32), np.random.default_rng(0).normal(size=(9, 9))
+    mine = Sampling(top_k=4, no_repeat_ngram=2, repetition_penalty=1.2)
+
+    def answers():
+        given = cfg, {"bigram": {"table": table.astype(np.float32)}}, [[1, 2]]
+        (guessed,) = speculate(*given, max_new_tokens=8, sampling=mine).generations
+        return generate(*given, max_new_tokens=8, sampling=mine)[0].tokens, guessed.tokens
+
+    want = answers()
+    jax.config.update("jax_enable_x64", True)
+    try:
+        assert answers() == want
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def test_no_prompts_give_no_results(params):

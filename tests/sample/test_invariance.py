@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.sample import Request, Sampling, engine, generate, prepare
+from jaxlm.sample import Request, Sampling, beam_searches, engine, generate, prepare
 
 V = 60
 # D = 256: XLA computes a one-row product differently from a row of several only from D = 128 on.
@@ -76,3 +76,16 @@ def test_a_request_in_the_engine_is_the_same_in_any_slot_with_any_neighbours_whe
     by_itself = answer(0, 0)
     assert by_itself.tokens == alone.tokens
     assert [answer(slot, before) for slot, before in ((3, 2), (1, 7), (2, 1))] == [by_itself] * 3
+
+
+@pytest.mark.slow
+def test_beams_are_the_same_beside_any_others(params, prompts):
+    prompt, *others = prompts
+
+    def best(slot, neighbours):
+        batch = [*neighbours[:slot], prompt, *neighbours[slot:]]
+        return beam_searches(CFG, params, batch, n_beams=3, n_best=3, max_new_tokens=16, slots=4)[slot]
+
+    alone = best(0, [])
+    assert len(alone) == 3
+    assert [best(3, others[:3]), best(1, others[2:5]), best(5, others)] == [alone] * 3

@@ -36,6 +36,11 @@ from jaxlm.sample import Sampling
         ("logit_bias", {3: math.nan}),
         ("logit_bias", ((-1, 2.0),)),
         ("banned_ids", (1.5,)),
+        ("temperature", 1e39),  # infinite in float32, which they become
+        ("temperature", 10**400),
+        ("frequency_penalty", -1e39),
+        ("logit_bias", {3: 1e39}),
+        ("repetition_penalty", 1e-50),  # 0 in float32
     ],
 )
 def test_a_value_out_of_range_is_named(field, value):

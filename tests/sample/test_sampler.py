@@ -70,7 +70,7 @@ def test_is_the_inverse_cdf_in_vocabulary_order(drawn):
         assert np.isfinite(kept[row, tokens[row]])
 
 
-def test_the_window_draws_the_same(drawn):
+def test_the_window_draws_the_same(drawn, window_suffices):
     keys, x, options, tokens = drawn
     # The window is looked at where every row's k is small and no tie at the k-th place reaches beyond it.
     options = options | {"top_k": np.random.default_rng(3).choice([1, 5, 20], ROWS).astype(np.int32)}
@@ -79,6 +79,7 @@ def test_the_window_draws_the_same(drawn):
     same = keys[rows], x[rows]
     windowed, searched = (np.asarray(sample_token(*same, **pick(options, rows), window=w)) for w in (40, 0))
     assert np.array_equal(windowed, searched)
+    assert window_suffices(x[rows], 40, pick(options, rows)).all()  # it was taken
     assert not np.array_equal(searched, tokens[rows])
 
 
@@ -156,6 +157,18 @@ def test_all_greedy_is_the_first_largest(drawn):
 def test_without_filters_the_draw_is_that_from_filtered_logits(drawn):
     keys, x, options, tokens = drawn
     assert np.array_equal(jax.jit(draw_kept)(keys, filter_logits(x, **options)), tokens)
+
+
+@pytest.mark.slow
+def test_numbers_of_64_bits_change_nothing(drawn):
+    keys, x, options, tokens = drawn
+    jax.config.update("jax_enable_x64", True)
+    try:
+        assert np.array_equal(np.asarray(sample_token(keys, x, **options, window=40)), tokens)
+        kept = np.asarray(filter_logits(x, **options, window=40))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert np.array_equal(kept, np.asarray(filter_logits(x, **options, window=40)), equal_nan=True)
 
 
 def test_keys_must_match_the_rows():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import jax
 import pytest
 from rich.console import Console
 
+from jaxlm.cli import main
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import init
-from jaxlm.sample import Sampling, prepare, timing_report
+from jaxlm.presets import preset
+from jaxlm.sample import Sampling, prepare, timing, timing_report
 from jaxlm.sample.timing import BatchTiming, PromptTiming, Timings, measure, read_bandwidth, weight_bytes
 from jaxlm.sample.timing_report import bench, figure, table
 
@@ -22,6 +25,7 @@ CFG = ModelConfig(vocab_size=32, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1
 # 100 MB at 10 GB/s are 10 ms.
 KNOWN = Timings(
     name="known", device="cpu (1 x cpu)", weight_bytes=100_000_000, bytes_per_s=10e9, new_tokens=8, repeats=3,
+    sampling=Sampling(top_k=50, top_p=0.9),
     prompts=(PromptTiming(16, 16, 1.5, 0.050), PromptTiming(100, 128, 2.0, 0.200)),
     batches=(BatchTiming(1, 3.0, 0.0125, 0.0005), BatchTiming(8, 4.0, 0.020, 0.002)),
 )  # fmt: skip
@@ -63,6 +67,7 @@ def test_figures_that_follow_from_measured_ones():
         "100 MB",
         "10.0 GB/s",
         "10.00 ms",
+        "sampling: temperature=1.0, top_k=50, top_p=0.9",
     ):
         assert shown in text
 
@@ -88,6 +93,40 @@ def test_bench_measures_shows_and_writes(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "bench" / "decode.png").read_bytes().startswith(b"\x89PNG")
     assert "time to first token (ms)" in (tmp_path / "bench" / "decode.svg").read_text()
     assert "known: decoding" in capsys.readouterr().out
+
+
+def test_the_command_measures_what_it_is_told(monkeypatch, capsys):
+    asked = []
+
+    def measured(*args, **options):
+        asked.append(inspect.signature(measure).bind(*args, **options).arguments)
+        return KNOWN
+
+    monkeypatch.setattr(timing_report, "measure", measured)
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "decode", "nano"])
+    told = "--batch-sizes 2 --prompt-lengths 5 --prompt-lengths 9 --new-tokens 7 --repeats 1 --dtype bfloat16"
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "decode", "nano", *told.split(), "--temperature", "0.5", "--top-k", "3", "--top-p", "0.8"])
+    plain, told = asked
+    assert (plain["cfg"], plain["params"]) == (preset("nano").replace(compute_dtype="float32"), None)
+    assert (plain["name"], plain["prompt_lengths"], plain["sampling"]) == ("nano", None, KNOWN.sampling)
+    assert told["cfg"].compute_dtype == "bfloat16"
+    assert told["sampling"] == Sampling(temperature=0.5, top_k=3, top_p=0.8)
+    want = {"batch_sizes": (2,), "prompt_lengths": (5, 9), "new_tokens": 7, "repeats": 1}
+    assert {name: told[name] for name in want} == want
+    assert "nano" not in capsys.readouterr().out  # the table is of what was found
+
+
+def test_prompts_that_fit_are_taken_by_default():
+    for context, want in ((1024, [16, 128, 512]), (400, [16, 128]), (48, [16]), (40, [8])):
+        assert timing._lengths(CFG.replace(max_seq_len=context), None, 32) == want
+
+
+def test_what_ends_at_once_is_not_timed():
+    cfg, params = ModelConfig(kind="bigram", vocab_size=9), {"bigram": {"table": jax.numpy.full((9, 9), jax.numpy.nan)}}
+    with pytest.raises(InputError, match="ends after 0 of 4 tokens"):
+        measure(cfg, params, batch_sizes=(1,), prompt_lengths=(4,), new_tokens=4)
 
 
 @pytest.mark.slow
@@ -120,9 +159,12 @@ def test_the_bandwidth_is_that_of_a_memory():
         ({"batch_sizes": ()}, "give at least one of each"),
         ({"prompt_lengths": (16, -1)}, "prompt_lengths: must be at least 1"),
         ({"repeats": 0}, "repeats: must be at least 1"),
-        ({"prompt_lengths": (60,)}, "exceed the model's context of 64"),
+        ({"prompt_lengths": (16, 60), "new_tokens": 8}, "prompt_lengths: 60 and 8 new .* context of 64; .* at most 56"),
+        ({"new_tokens": 64}, "new_tokens: 64 leave no room for a prompt in the model's context of 64"),
+        ({"prompt_lengths": ()}, "give at least one of each"),
     ],
 )
-def test_bad_input_is_one_clear_error(change, message):
+def test_bad_input_is_one_clear_error(monkeypatch, change, message):
+    monkeypatch.setattr(timing, "_Run", None)  # nothing is compiled before all has been looked at
     with pytest.raises(InputError, match=message):
         measure(CFG, sampling=Sampling(), **change)

@@ -38,7 +38,7 @@ def make_spec(tmp_path, fake_modules):
 
 @pytest.fixture
 def eventually():
-    def wait(condition, seconds=15.0):
+    def wait(condition, seconds=60.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 from jaxlm._lock import dir_lock
 from jaxlm.config import RunConfig
 from jaxlm.errors import DiskError, InputError, JaxlmError, Preempted, UnavailableError
-from jaxlm.stages import store
+from jaxlm.stages import in_time, store
 from jaxlm.stages.plan import plan
 from jaxlm.stages.process import read_error
 from jaxlm.stages.runner import MetricsTail, run_chain, run_stage
+
+PATIENCE = 60.0  # seconds that a test which fails waits for; others have what they want long before
 
 
 def pids(spec):
@@ -119,7 +122,7 @@ def in_background(function):
         except BaseException as error:
             result["error"] = error
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread, result
 
@@ -129,7 +132,7 @@ def test_kill_9_of_the_child_is_told(make_spec, eventually):
     thread, result = in_background(lambda: run_stage(spec, echo=lambda line: None))
     assert eventually(lambda: pids(spec))
     os.kill(pids(spec)[0], signal.SIGKILL)
-    thread.join(15)
+    thread.join(PATIENCE)
     assert type(result["error"]) is JaxlmError
     assert "was killed by SIGKILL (out of memory?); run the same command to continue" in str(result["error"])
 
@@ -139,7 +142,7 @@ def test_sigterm_to_the_child_alone_is_preempted(make_spec, eventually):
     thread, result = in_background(lambda: run_stage(spec, echo=lambda line: None))
     assert eventually(lambda: pids(spec))
     os.kill(pids(spec)[0], signal.SIGTERM)
-    thread.join(15)
+    thread.join(PATIENCE)
     assert isinstance(result["error"], Preempted)
     assert str(result["error"]) == "saved at step 7; run the same command to continue."
 
@@ -150,8 +153,9 @@ def test_sigterm_is_heard_while_the_main_thread_is_in_a_library(make_spec, event
     assert eventually(lambda: pids(spec))
     started = time.monotonic()
     os.kill(pids(spec)[0], signal.SIGTERM)
-    thread.join(20)
-    assert time.monotonic() - started < 20
+    thread.join(PATIENCE)
+    # At once, and it would be the ordinary handler's doing, in a main thread that was in no library.
+    assert in_time.SECONDS - 1 < time.monotonic() - started < 20
     assert isinstance(result["error"], Preempted)
     assert str(result["error"]) == f"{spec.name}: stopped on request; run the same command to continue."
 
@@ -230,7 +234,7 @@ def test_a_signal_to_the_launcher_lets_the_stage_save(make_spec, launch, alive, 
     spec = make_spec(do="sleep")
     launcher = launch(spec)
     launcher.send_signal(number)
-    _, said = launcher.communicate(timeout=15)
+    _, said = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 75
     assert said == "saved at step 7; run the same command to continue.\n"
     assert (spec.directory / "saved.part").exists()
@@ -242,11 +246,11 @@ def test_a_stage_that_does_not_listen_is_killed_after_the_grace_with_its_helpers
     launcher = launch(spec, grace=0.5)
     started = time.monotonic()
     launcher.send_signal(signal.SIGTERM)
-    _, said = launcher.communicate(timeout=15)
+    _, said = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 75
     assert "was killed by SIGKILL" in said
-    assert time.monotonic() - started < 10
-    assert eventually(lambda: not any(alive(pid) for pid in pids(spec)), 5)
+    assert time.monotonic() - started < 50  # its helper would take 60
+    assert eventually(lambda: not any(alive(pid) for pid in pids(spec)))
 
 
 def test_a_launcher_that_is_killed_takes_its_stage_along(make_spec, launch, eventually, alive):
@@ -254,7 +258,7 @@ def test_a_launcher_that_is_killed_takes_its_stage_along(make_spec, launch, even
     launcher = launch(spec)
     launcher.kill()
     launcher.wait()
-    assert eventually(lambda: not alive(pids(spec)[0]), 5)
+    assert eventually(lambda: not alive(pids(spec)[0]))
     assert (spec.directory / "saved.part").exists()
 
 
@@ -264,7 +268,7 @@ def test_on_a_terminal_the_stage_writes_there_and_to_its_log(make_spec):
     ours, theirs = pty.openpty()
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, spec.directory, "1"], stdout=theirs, stderr=theirs)
     os.close(theirs)
-    assert launcher.wait(60) == 0
+    assert launcher.wait(PATIENCE) == 0
     assert os.read(ours, 1000) == b"fake says write\r\n"
     os.close(ours)
     assert (spec.directory / "log.txt").read_text() == "fake says write\n"
@@ -308,4 +312,4 @@ def test_a_chain_runs_in_order_and_only_what_is_missing(tmp_path, fake_modules, 
     assert (tmp_path / "runs" / "chain" / "report.md").exists()
     said = capsys.readouterr().out
     assert f"download      already done       {tmp_path}/store/download-" in said
-    assert "evaluate      done in 0." in said
+    assert re.search(r"^evaluate      done in \d+\.\d s  ", said, re.M)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_the_definition_follows_the_rule(
     assert ("ByteLevel" in steps) == (kind in ("bytes", "both"))
     hf_files.write_directory(tok, tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(same.definition)
-    assert hf_files.from_directory(tmp_path) == same  # export then import is the identity
+    assert hf_files.from_directory(tmp_path) == replace(same, add_bos=None)  # for the definition says it now
 
 
 def test_without_a_bos_token_there_is_no_start(make_backend: Callable[[str], Backend]) -> None:

@@ -52,6 +52,7 @@ def test_what_templates_use(template: str, text: str) -> None:
         ("{{ 'a' * 10000000 }}", "may not do"),
         ("{{ [0] * 10000000 }}", "may not do"),
         ("{{ 10 ** (10 ** 8) }}", "may not do"),
+        ("{% for i in range(999) %}{{ 'a' * 99999 }}{% endfor %}", "may not do .a prompt of more than 10,000,000"),
         ("{{ range(10 ** 7) | list }}", "fails with OverflowError"),
     ],
 )
@@ -106,7 +107,7 @@ def test_objects_do_not_reach_a_template() -> None:
         render("x", [{"role": "user", "content": Path("/")}])
 
 
-@pytest.mark.parametrize("messages", ["hello", ["hello"], [("role", "user")]])
+@pytest.mark.parametrize("messages", ["hello", ["hello"], [("role", "user")], None, 5])
 def test_messages_of_the_wrong_kind(messages: object) -> None:
     with pytest.raises(InputError, match="expected a list of mappings"):
         render("x", messages)  # type: ignore[arg-type]

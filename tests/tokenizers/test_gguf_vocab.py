@@ -128,6 +128,16 @@ def test_any_text_by_a_sentencepiece_vocabulary(spm: tuple[HFTokenizer, Backend,
     spm_agrees(spm, text)
 
 
+def test_the_known_ends_of_a_turn_are_stop_ids(make_backend: Callable[[str], Backend]) -> None:
+    """An old file of Llama 3 names its end of text alone; a spelling that is no control token ends nothing."""
+    found = metadata(make_backend("llama-bpe"), "llama-bpe")
+    tokens, types = found["tokenizer.ggml.tokens"][:-1], found["tokenizer.ggml.token_type"][:-1]
+    more = {"tokenizer.ggml.tokens": [*tokens, "<|eot_id|>", "<|im_end|>"], "tokenizer.ggml.token_type": [*types, 3, 4]}
+    tok, n = from_gguf(found | more, "x.gguf"), len(tokens)
+    assert tok is not None
+    assert tok.stop_ids == (found["tokenizer.ggml.eos_token_id"], tokens.index("<|end|>"), n)[::2]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -137,6 +147,17 @@ def test_any_text_by_a_sentencepiece_vocabulary(spm: tuple[HFTokenizer, Backend,
         ({"merges": None}, "field tokenizer.ggml.merges: missing"),
         ({"tokens": []}, "field tokenizer.ggml.tokens: missing"),
         ({"token_type": [1]}, "field tokenizer.ggml.token_type: 1 values for"),
+        ({"token_type": 1}, "field tokenizer.ggml.token_type: missing"),
+        ({"pre": ["gpt-2"]}, r"field tokenizer.ggml.pre: \['gpt-2'\] is not known"),
+        ({"tokens": [1, 2]}, "field tokenizer.ggml.tokens: expected a list of str, found 1 in it"),
+        ({"merges": [5]}, "field tokenizer.ggml.merges: expected a list of str, found 5 in it"),
+        ({"model": "llama", "scores": [0.5]}, "field tokenizer.ggml.scores: 1 values for 344 tokens"),
+        ({"model": "llama", "scores": ["a"]}, "field tokenizer.ggml.scores: expected a list of float"),
+        ({"bos_token_id": "0"}, "field tokenizer.ggml.bos_token_id: '0' is not among"),
+        ({"bos_token_id": [0]}, r"field tokenizer.ggml.bos_token_id: \[0\] is not among"),
+        ({"bos_token_id": 0.5}, "field tokenizer.ggml.bos_token_id: 0.5 is not among"),
+        ({"eot_token_id": "5"}, "field tokenizer.ggml.eot_token_id: '5' is not among"),
+        ({"eot_token_id": 10_000}, "field tokenizer.ggml.eot_token_id: 10000 is not among"),
         ({"eos_token_id": 10_000}, "field tokenizer.ggml.eos_token_id: 10000 is not among"),
         ({"merges": ["no such"]}, "tokenizer: definition: "),
     ],

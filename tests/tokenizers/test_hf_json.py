@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as decoding
 
@@ -17,7 +17,7 @@ from jaxlm import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.tokenizers import HFTokenizer, Tokenizer, hf_files, stream_text
 from jaxlm.tokenizers.hf_json import canonical
-from jaxlm.tokenizers.to_tiktoken import to_tiktoken
+from jaxlm.tokenizers.to_tiktoken import TiktokenForm, to_tiktoken
 
 KINDS = ["gpt2", "smollm", "llama-bpe", "qwen2"]
 
@@ -63,10 +63,57 @@ def test_tiktoken_agrees_on_hard_text(backend: Backend, hard: list[str]) -> None
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_tiktoken_agrees_on_any_text(backends: dict[str, HFTokenizer], data: st.DataObject) -> None:
-    tok = backends[data.draw(st.sampled_from(sorted(backends)))]
+def test_tiktoken_agrees_on_any_text(
+    backends: dict[str, HFTokenizer], forms: dict[str, TiktokenForm], data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(KINDS))
     text = data.draw(st.one_of(st.text(), st.text(alphabet="ab1²' \n\r\t\u00a0Sſé!-")))
-    assert to_tiktoken(tok).encode(text) == tok.encode(text)
+    assert forms[name].encode(text) == backends[name].encode(text)
+
+
+@pytest.fixture(scope="session")
+def forms(backends: dict[str, HFTokenizer]) -> dict[str, TiktokenForm]:
+    return {name: to_tiktoken(tok) for name, tok in backends.items()}
+
+
+def bytes_and(*made: str, merges: list[str], ignore_merges: bool = False) -> Backend:
+    """All bytes and these tokens, by these merges, GPT-2's way."""
+    texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *made]
+    pairs = [tuple(merge.split()) for merge in merges]
+    backend = Backend(
+        models.BPE(vocab={text: i for i, text in enumerate(texts)}, merges=pairs, ignore_merges=ignore_merges)
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoding.ByteLevel()
+    return backend
+
+
+def test_a_token_that_the_merges_do_not_reach_as_tiktoken_does() -> None:
+    """ "abc" is "a" and "bc" by the list, which "ab c" never meets; tiktoken would make "abc" of "a" and "bc"."""
+    made = ("bc", "ab", "abc")
+    tok = wrapped(bytes_and(*made, merges=["b c", "a b", "ab c"]))
+    assert [tok.decode([i]) for i in tok.encode("abc")] == ["a", "bc"]
+    with pytest.raises(InputError, match="tiktoken makes 'abc' of 'a' and 'bc', and no merge does"):
+        to_tiktoken(tok)
+    # With both ways listed, as files made from tiktoken's ranks have them, the two agree.
+    both = wrapped(bytes_and(*made, merges=["b c", "a b", "ab c", "a bc"]))
+    assert to_tiktoken(both).encode("xabc abcab") == both.encode("xabc abcab")
+    # A token that only a whole word gives.
+    whole = wrapped(bytes_and("xyz", merges=[], ignore_merges=True))
+    assert to_tiktoken(whole).encode("xyz xyz") == whole.encode("xyz xyz")
+    assert len(whole.encode("xyz")) == 1
+
+
+def test_a_pattern_that_leaves_out_text_is_refused() -> None:
+    backend = bytes_and("ab", merges=["a b"])
+    for pattern in (r"\p{Han}+|.", r"[^\n]+|\n(?!b)", r"\w+|[^\w\s]+"):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        with pytest.raises(InputError, match="its pattern cuts text in another way there"):
+            to_tiktoken(wrapped(backend))
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +148,8 @@ def _merge_lines() -> list[str]:
         (lambda d: d["model"].update(dropout=0.1), "dropout=0.1"),
         (lambda d: d["model"]["merges"].reverse(), "not in the order of their ids"),
         (lambda d: d["model"]["vocab"].pop("Ā"), "lacks the bytes 00"),
-        (lambda d: d["model"]["vocab"].update({"zq": 999}), "no merge gives its token 'zq'"),
+        (lambda d: d["model"]["vocab"].update({"zq": 999}), "makes 'zq' of 'z' and 'q', and no merge does"),
+        (lambda d: d["model"]["vocab"].update({"zqx": 999}), "no merge gives its token 'zqx'"),
         (lambda d: d.update(normalizer={"type": "NFKC"}), "normaliser NFKC"),
         (lambda d: d.update(normalizer={"type": "Lowercase"}), "normaliser Lowercase"),
         (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "a space before"),
@@ -159,11 +207,14 @@ def test_a_model_directory(backend: Backend, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|pad|>", "eos_token": "<|pad|>"}))
     end = backend.token_to_id("<|end|>")
-    for eos, stops in ((0, (0,)), ([end, 5], (end, 5)), (None, ())):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))  # what counts without the other file
+    assert getattr(tokenizers.load(tmp_path), "stop_ids", None) == (3, 4)
+    for eos, stops in ((0, (0,)), ([end, 5], (end, 5)), (None, (3, 4))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         tok = tokenizers.load(tmp_path / "tokenizer.json")
         assert isinstance(tok, HFTokenizer)
-        assert (tok.eot_id, tok.start_ids, tok.pad_id, tok.stop_ids) == (end, (end - 1,), end + 1, stops)
+        # No post-processor puts the start there, so add_bos_token is without effect, as in transformers.
+        assert (tok.eot_id, tok.start_ids, tok.pad_id, tok.stop_ids) == (end, (), end + 1, stops)
     assert tok.chat_template == "A"
     (tmp_path / "chat_template.jinja").write_text("B\r\n")
     assert hf_files.from_directory(tmp_path).render_chat([]) == "B"
@@ -174,7 +225,7 @@ def test_a_model_directory(backend: Backend, tmp_path: Path) -> None:
             tokenizers.load(place).render_chat([])
         assert str(caught.value) == f"{place / name}: chat template: refuses this conversation: No."
     hf_files.write_directory(tok, tmp_path / "out")
-    assert tokenizers.load(tmp_path / "out") == HFTokenizer(tok.definition, tok.special_tokens, True, (), "A")
+    assert tokenizers.load(tmp_path / "out") == HFTokenizer(tok.definition, tok.special_tokens, None, (), "A")
 
 
 @pytest.mark.parametrize(

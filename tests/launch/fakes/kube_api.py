@@ -182,6 +182,9 @@ class KubeApi:
                 pod.end()
 
         found = self.jobsets[name]
+        if "deletionTimestamp" in found["metadata"]:
+            return 200, found
+        found["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
         threading.Thread(target=end, daemon=True).start()
         return 200, found
 

@@ -10,6 +10,7 @@ standard error as "sbatch: error: ...". FAKE_SLURM/faults holds {"tool": "messag
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def sbatch():
         "run",
         str(number),
         str(Path(ARGS[-1]).resolve()),
-        given["output"],
+        "".join(shlex.split(given["output"])).replace("%%", "%"),  # sbatch reads quotes, and %j and the like
         given["ntasks"],
     ]
     env = {**os.environ, "FAKE_TOOL": "run"}
@@ -110,11 +111,14 @@ def srun():
     sys.exit(next((code if code > 0 else 128 - code for code in codes if code), 0))
 
 
+COMPACT = {"PENDING": "PD", "RUNNING": "R", "COMPLETING": "CG"}  # what squeue lists unless it is told otherwise
+
+
 def squeue():
     for job in jobs():
         state = read(job.name, "state")
-        if state in ("PENDING", "RUNNING") and read(job.name, "name") == option("--name"):
-            print(job.name)
+        if state in COMPACT and read(job.name, "name") == option("--name"):
+            print(option("--format").replace("%i", job.name).replace("%t", COMPACT[state]))
 
 
 def sacct():
