@@ -255,5 +255,5 @@ GOLDEN = {
     "tokenize_sft": "23086568fb5d",
     "pretrain": "ead72652144a",
     "sft": "94e2c8b52fe2",
-    "evaluate": "ba8b95b310fb",
+    "evaluate": "7567ed81f932",
 }
