@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from jaxlm._compiled import remove_damaged_of_environment
@@ -62,6 +63,7 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
         raise SystemExit(InputError.exit_code)
     directory = Path(arguments[0])
     follow_parent()
+    sys.excepthook = _excepthook
     copied = COPY_LOG in os.environ and process_id() == 0
     stop = functools.partial(_leave, directory)
     with _log_copied_to(directory / "log.txt" if copied else None), ends_in_time(stop):
@@ -69,6 +71,12 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
     if sentence:
         tell(directory, code, sentence)
     raise SystemExit(code)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own, but for what a storage thread prints when the save that it worked for has failed and gone."""
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def is_stage_process() -> bool:

@@ -102,6 +102,7 @@ def window_suffices() -> Callable[..., np.ndarray]:
 
     def suffices(x: np.ndarray, width: int, options: dict[str, np.ndarray]) -> np.ndarray:
         given = off | options  # in the order of the first
+        width = cuts.width(x.shape[-1], width)
         return np.asarray(looked(x, cuts.per_row(jax.numpy.asarray(x), *given.values()), width))
 
     return suffices

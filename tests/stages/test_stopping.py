@@ -134,3 +134,10 @@ def test_the_end_does_not_wait_for_standard_output(monkeypatch, tmp_path, capsys
         with pytest.raises(Ended, match="75"):
             leave()
         assert json.loads((tmp_path / "error.json").read_text())["exit_code"] == 75
+
+
+def test_only_a_storage_threads_farewell_is_not_printed(capsys):
+    process._excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
+    assert capsys.readouterr().err == ""
+    process._excepthook(RuntimeError, RuntimeError("another"), None)
+    assert capsys.readouterr().err == "RuntimeError: another\n"
