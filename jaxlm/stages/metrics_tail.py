@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
+
+from jaxlm.launch.tail import Tail
 
 OnMetrics = Callable[[dict[str, Any]], None]
 
@@ -45,25 +46,12 @@ class MetricsTail:
     """Reads what has been added to a metrics.jsonl since the last look; from its start when the file is a new one."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._inode = -1
+        self._tail = Tail(path, from_end=False)
 
     def new(self) -> list[dict[str, Any]]:
         """The whole lines added since the last call, parsed. A missing file has none."""
-        try:
-            with open(self._path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset = status.st_ino, 0
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
         records = []
-        for line in whole.splitlines():
+        for line in self._tail.new():
             with suppress(ValueError):
                 records.append(json.loads(line))
         return [record for record in records if isinstance(record, dict)]

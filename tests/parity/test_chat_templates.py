@@ -118,13 +118,8 @@ def test_transformers_loads_what_is_written(transformers: Any, tmp_path: Path, b
     assert (again.start_ids, again.eot_id, again.chat_template) == (ours.start_ids, ours.eot_id, ours.chat_template)
 
 
-@pytest.mark.parametrize("family", ["nothing", "llama", "gpt2"])
-@pytest.mark.parametrize("add_bos", [False, True])
-@pytest.mark.parametrize("adds", [False, True])
-def test_the_bos_rule_is_followed_there(
-    transformers: Any, tmp_path: Path, adds: bool, add_bos: bool, family: str
-) -> None:
-    """tokenizer_config.json says one thing and the post-processor another, or nothing; beside configs of families."""
+def byte_level(adds: bool) -> Tokenizer:
+    """A token for every byte, and <s>, </s>; with `adds`, a post-processor puts <s> first."""
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
@@ -132,6 +127,17 @@ def test_the_bos_rule_is_followed_there(
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair=None, special_tokens=[("<s>", 256)]
         )
+    return backend
+
+
+@pytest.mark.parametrize("family", ["nothing", "llama", "gpt2"])
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_bos_rule_is_followed_there(
+    transformers: Any, tmp_path: Path, adds: bool, add_bos: bool, family: str
+) -> None:
+    """tokenizer_config.json says one thing and the post-processor another, or nothing; beside configs of families."""
+    backend = byte_level(adds)
     ours = HFTokenizer(
         canonical(json.loads(backend.to_str())), (("bos_token", "<s>"), ("eos_token", "</s>")), add_bos=add_bos
     )
@@ -151,13 +157,7 @@ def test_the_bos_rule_of_files_made_by_others(
     transformers: Any, tmp_path: Path, adds: bool, add_bos: bool | None
 ) -> None:
     """tokenizer_config.json and the post-processor may contradict each other: the latter counts, in both."""
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    if adds:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair=None, special_tokens=[("<s>", 256)]
-        )
+    backend = byte_level(adds)
     backend.save(str(tmp_path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     rule = {} if add_bos is None else {"add_bos_token": add_bos}
