@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from jaxlm.errors import DiskError, InputError, JaxlmError
 
-_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 # TensorStore puts the number of the operating system's error into the text of its own exceptions.
 _OS_ERROR_TEXT = re.compile(r"\[OS error (\d+)|os_error_code='(\d+)'")
@@ -58,7 +58,7 @@ def disk_errors(doing: str, directory: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = os_errno(error)
-        if number in _DISK_ERRNOS:
+        if number in DISK_ERRNOS:
             raise DiskError(
                 f"cannot {doing} in {directory}: {os.strerror(number)} "
                 f"({free_bytes(directory):,} bytes are free there); make room or choose another disk"

@@ -7,7 +7,6 @@ files into `spec.directory` and returns a small JSON dict. Loads no jax.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -19,15 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from jaxlm._compiled import remove_damaged_of_environment
-from jaxlm._disk import os_errno
+from jaxlm._disk import DISK_ERRNOS, os_errno
 from jaxlm._lock import dir_lock
 from jaxlm.errors import BY_EXIT_CODE, DiskError, InputError, JaxlmError, Preempted
 from jaxlm.launch.protocol import n_processes, process_id
-from jaxlm.stages import provenance
+from jaxlm.stages import farewells, provenance
 from jaxlm.stages.in_time import SIGNALS, ends_in_time
 from jaxlm.stages.orphans import PARENT, follow_parent
 from jaxlm.stages.orphans import Helpers as Helpers
@@ -48,7 +46,6 @@ StageRun = Callable[[Spec, Mapping[str, Manifest]], Mapping[str, Any]]
 COPY_LOG = "JAXLM_COPY_LOG"  # set: standard output goes to log.txt too, for a launcher that left us the terminal
 
 _STOPPED = "{}: stopped on request; run the same command to continue."
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Terminated(BaseException):
@@ -63,7 +60,7 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
         raise SystemExit(InputError.exit_code)
     directory = Path(arguments[0])
     follow_parent()
-    sys.excepthook = _excepthook
+    farewells.silence()
     copied = COPY_LOG in os.environ and process_id() == 0
     stop = functools.partial(_leave, directory)
     with _log_copied_to(directory / "log.txt" if copied else None), ends_in_time(stop):
@@ -71,12 +68,6 @@ def main(run: StageRun, argv: list[str] | None = None) -> NoReturn:
     if sentence:
         tell(directory, code, sentence)
     raise SystemExit(code)
-
-
-def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own, but for what a storage thread prints when the save that it worked for has failed and gone."""
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
 
 
 def is_stage_process() -> bool:
@@ -166,7 +157,7 @@ def failure(directory: Path, error: BaseException) -> tuple[int, str]:
     """The exit code and the sentence for what a stage failed with. The traceback of a bug goes to traceback.txt."""
     if isinstance(error, JaxlmError):
         return error.exit_code, str(error)
-    if os_errno(error) in _DISK_FULL:
+    if os_errno(error) in DISK_ERRNOS:
         return DiskError.exit_code, f"{directory}: the disk failed ({_first_line(error)}); free some space."
     with suppress(OSError):
         text = "".join(traceback.format_exception(error))

@@ -136,8 +136,45 @@ def test_the_end_does_not_wait_for_standard_output(monkeypatch, tmp_path, capsys
         assert json.loads((tmp_path / "error.json").read_text())["exit_code"] == 75
 
 
-def test_only_a_storage_threads_farewell_is_not_printed(capsys):
-    process._excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
-    assert capsys.readouterr().err == ""
-    process._excepthook(RuntimeError, RuntimeError("another"), None)
-    assert capsys.readouterr().err == "RuntimeError: another\n"
+DISK_FULL = ValueError("UNAVAILABLE: Failed to flush file [OS error 27: File too large]")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RuntimeError("Event loop is closed"), False), (DISK_FULL, False), (RuntimeError("another"), True)],
+)
+def test_only_a_storage_threads_farewell_is_not_printed(error, told):
+    """By each of the three ways in which one arrives; in a process of its own, since the hooks are the process's."""
+    ways = (
+        "sys.excepthook(type(error), error, None)",
+        "threading.Thread(target=unraisable).start()",
+        "asyncio.run(forgotten())",
+    )
+    setup = f"""
+import asyncio, gc, sys, threading
+from jaxlm.stages import farewells
+
+class Held:
+    def __del__(self):
+        raise error
+
+def unraisable():
+    Held()
+
+async def failing():
+    raise error
+
+async def forgotten():
+    task = asyncio.create_task(failing())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    del task
+    gc.collect()
+
+error = {type(error).__name__}({str(error)!r})
+farewells.silence()
+"""
+    for way in ways:
+        ended = subprocess.run([sys.executable, "-c", setup + way], capture_output=True, text=True, check=True)
+        assert (str(error) in ended.stderr) == told, (way, ended.stderr)
+        assert bool(ended.stderr) == told, (way, ended.stderr)
