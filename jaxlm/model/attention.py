@@ -24,6 +24,31 @@ def cache_mask(length: jax.Array, new: int, capacity: int) -> jax.Array:
     return jnp.arange(capacity)[None, None, :] <= last[:, :, None]
 
 
+def attend_next(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` for one query a row, and keys and values as the cache of decoding holds them.
+
+    Args:
+        q: [B, H, 1, h].
+        k, v: [B * K, S, h].
+        mask: bool[B, 1, S], True where the query sees the key.
+
+    Returns:
+        [B, H, 1, h] in q's type. Scores and softmax are float32.
+
+    Keys come first in their product, and the barrier keeps them there: XLA's CPU backend would else turn all of them
+    round at every step. The sum of the softmax divides at last, h numbers a head and not S.
+    """
+    batch, heads, _, h = q.shape
+    grouped = (q * h**-0.5).reshape(k.shape[0], -1, h)
+    scores = jnp.einsum("nsh,ngh->nsg", k, grouped, preferred_element_type=jnp.float32)
+    scores = jax.lax.optimization_barrier(scores).swapaxes(1, 2)
+    visible = jnp.repeat(mask, k.shape[0] // batch, axis=0)
+    scores = jnp.where(visible, scores, MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    y = jnp.einsum("ngs,nsh->ngh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (y / weights.sum(-1, keepdims=True)).astype(q.dtype).reshape(batch, heads, 1, h)
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention with H query heads over K key/value heads (head i reads key head i // (H/K)).
 

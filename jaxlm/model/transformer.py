@@ -221,11 +221,11 @@ def _blocks(
     layer_by_layer = isinstance(blocks, tuple) or (cache is not None and isinstance(cache.k, tuple))
     if cfg.scan_layers and not layer_by_layer:
         keys = None if layer_keys is None else jnp.stack(layer_keys)
-        held = None if cache is None else _by_head((cache.k, cache.v))
+        held = None if cache is None else (_flat(cache.k), _flat(cache.v))
         x, held = jax.lax.scan(lambda x, layer: run(x, *layer), x, (blocks, held, keys))
         if cache is None or held is None:
             return x, None
-        k, v = _by_head(held)
+        k, v = (_stacked(part, len(cache.length)) for part in held)
         return x, Cache(k, v, cache.length + t)
 
     layers = blocks if isinstance(blocks, tuple) else unstack(blocks, cfg.n_layers)
@@ -233,20 +233,29 @@ def _blocks(
     for i, layer in enumerate(layers):
         with jax.named_scope(f"block{i}"):
             held = None if cache is None else (cache.k[i], cache.v[i])
-            held = _by_head(held) if cache is not None and not isinstance(cache.k, tuple) else held
+            if held is not None and cache is not None and not isinstance(cache.k, tuple):
+                held = _flat(held[0]), _flat(held[1])
             x, held = run(x, layer, held, None if layer_keys is None else layer_keys[i])
             new.append(held)
     if cache is None:
         return x, None
     k, v = tuple(item[0] for item in new), tuple(item[1] for item in new)
     if not isinstance(cache.k, tuple):
-        k, v = _by_head((jnp.stack(k), jnp.stack(v)))
+        batch = len(cache.length)
+        return x, Cache(_stacked(jnp.stack(k), batch), _stacked(jnp.stack(v), batch), cache.length + t)
     return x, Cache(k, v, cache.length + t)
 
 
-def _by_head(held: Any) -> Any:
-    """Keys and values [..., S, K, h] as blocks take them, [..., K, S, h], or the way back."""
-    return held[0].swapaxes(-3, -2), held[1].swapaxes(-3, -2)
+def _flat(held: Any) -> jax.Array:
+    """Keys or values [..., B, S, K, h] as blocks take them, [..., B * K, S, h]."""
+    *layers, batch, places, heads, h = held.shape
+    return jnp.reshape(held.swapaxes(-3, -2), (*layers, batch * heads, places, h))
+
+
+def _stacked(held: jax.Array, batch: int) -> jax.Array:
+    """The way back, for all layers: [L, B * K, S, h] to [L, B, S, K, h]."""
+    layers, _, places, h = held.shape
+    return held.reshape(layers, batch, -1, places, h).swapaxes(-3, -2)
 
 
 def unstack(blocks: Params, n_layers: int) -> tuple[Params, ...]:

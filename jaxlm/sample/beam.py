@@ -32,6 +32,7 @@ from jax import lax
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Cache, Params, forward, unembed
+from jaxlm.model.cache import map_rows
 from jaxlm.sample import arguments
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
@@ -291,4 +292,4 @@ def _where(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 def _rows(cache: Cache, rows: jax.Array) -> Cache:
     """The cache whose row i is row rows[i]: whole rows, since with `key_offset` a key lies one place on."""
-    return jax.tree.map(lambda leaf: leaf[rows] if leaf.size else leaf, cache)  # a bigram's keys are empty: [0, B, ...]
+    return map_rows(lambda leaf: leaf[rows] if leaf.size else leaf, cache)  # a bigram's keys are empty: [0, B, ...]

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Cache, Params
+from jaxlm.model.cache import map_rows
 from jaxlm.sample import answers
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
@@ -126,4 +127,4 @@ def _with_rows(state: State, fresh: Cache, full: jax.Array) -> State:
     def pick(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(full.reshape((-1,) + (1,) * (old.ndim - 1)), new, old) if old.size else old
 
-    return state._replace(cache=jax.tree.map(pick, fresh, state.cache))
+    return state._replace(cache=map_rows(pick, fresh, state.cache))

@@ -36,7 +36,8 @@ from jax import lax
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
-from jaxlm.model import Params
+from jaxlm.model import Cache, Params
+from jaxlm.model.cache import map_rows
 from jaxlm.sample import answers, arguments, drive
 from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
@@ -199,9 +200,10 @@ def _insert(
     width = asked.prompt.shape[1]
     one = decoding.prefill(cfg, params, asked.prompt, capacity=width, n_new=state.n_new, n_top=state.n_top)
     put = partial(_put, slot=slot)
+    cacheless = [rows._replace(cache=Cache((), (), rows.cache.length)) for rows in (state.rows, one)]
     return state._replace(
         requests=jax.tree.map(put, state.requests, asked),
-        rows=jax.tree.map(put, state.rows, one),
+        rows=jax.tree.map(put, *cacheless)._replace(cache=map_rows(put, state.rows.cache, one.cache)),
         used=state.used.at[slot].set(True),
     )
 

@@ -28,7 +28,7 @@ VERSIONS: dict[str, int] = {
     "tokenize_sft": 2,
     "pretrain": 1,
     "sft": 1,
-    "evaluate": 3,
+    "evaluate": 4,
 }
 
 

@@ -162,8 +162,9 @@ def test_layers_and_caches_as_tuples_equal_stacked_ones(models, weights, tokens)
     expected, stacked = decode(cfg, params, tokens[:, :4], model.init_cache(cfg, 3, 7))
     np.testing.assert_allclose(out, expected, **TIGHT)
     assert apart_empty.capacity == stacked.capacity == 7
-    np.testing.assert_allclose(np.stack(cache.k).swapaxes(2, 3), stacked.k, **TIGHT)  # [L, B, K, S, h]: heads first
-    np.testing.assert_allclose(np.stack(cache.v).swapaxes(2, 3), stacked.v, **TIGHT)
+    for apart, whole in ((cache.k, stacked.k), (cache.v, stacked.v)):  # a layer's: [B * K, S, h]
+        rows = np.stack(apart).reshape(cfg.n_layers, 3, -1, 7, cfg.d_head)
+        np.testing.assert_allclose(rows.swapaxes(2, 3), whole, **TIGHT)
 
 
 def test_scan_decodes_as_unrolled_layers_do(models, weights, tokens):

@@ -255,5 +255,5 @@ GOLDEN = {
     "tokenize_sft": "23086568fb5d",
     "pretrain": "ead72652144a",
     "sft": "94e2c8b52fe2",
-    "evaluate": "7567ed81f932",
+    "evaluate": "ca4cd0982d98",
 }
