@@ -108,7 +108,8 @@ def product(x: jax.Array, turned: jax.Array, dtype: jnp.dtype | type | None = No
         if len(rows) > 1 or parts == 1:
             return jax.lax.optimization_barrier(jnp.matmul(turned, rows.T, preferred_element_type=dtype)).T
         each, some = jnp.broadcast_to(rows, (parts, *rows.shape)), turned.reshape(parts, -1, turned.shape[1])
-        return jax.lax.optimization_barrier(jnp.einsum("gbk,gnk->gbn", each, some, preferred_element_type=dtype))
+        y = jnp.einsum("gbk,gnk->gbn", each, some, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(y).reshape(1, -1)
 
     def elsewhere(rows: jax.Array, turned: jax.Array) -> jax.Array:
         return jnp.matmul(rows, turned.T, preferred_element_type=dtype)

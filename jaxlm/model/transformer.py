@@ -239,11 +239,11 @@ def _blocks(
             new.append(held)
     if cache is None:
         return x, None
-    k, v = tuple(item[0] for item in new), tuple(item[1] for item in new)
-    if not isinstance(cache.k, tuple):
-        batch = len(cache.length)
-        return x, Cache(_stacked(jnp.stack(k), batch), _stacked(jnp.stack(v), batch), cache.length + t)
-    return x, Cache(k, v, cache.length + t)
+    keys_of, values_of = tuple(item[0] for item in new), tuple(item[1] for item in new)
+    if isinstance(cache.k, tuple):
+        return x, Cache(keys_of, values_of, cache.length + t)
+    batch = len(cache.length)
+    return x, Cache(_stacked(jnp.stack(keys_of), batch), _stacked(jnp.stack(values_of), batch), cache.length + t)
 
 
 def _flat(held: Any) -> jax.Array:

@@ -255,10 +255,10 @@ def test_prepared_weights_give_the_same_logits_and_prepare_is_idempotent(random_
     np.testing.assert_allclose(full(cfg, prepared, tokens), logits, atol=2**-6 * np.abs(logits).max())
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_a_product_with_a_turned_matrix_is_that_with_the_matrix(rows):
+@pytest.mark.parametrize(("rows", "outputs"), [((1, 1), 48), ((1, 1), 47), ((3, 2), 48), ((8, 1), 47)])
+def test_a_product_with_a_turned_matrix_is_that_with_the_matrix(rows, outputs):
     rng = np.random.default_rng(0)
-    x, matrix = rng.normal(size=(rows, 2, 64)).astype(np.float32), rng.normal(size=(64, 48)).astype(np.float32)
+    x, matrix = (rng.normal(size=size).astype(np.float32) for size in ((*rows, 64), (64, outputs)))
     got = jax.jit(product)(x, matrix.T.copy())
     np.testing.assert_allclose(got, x.astype(np.float64) @ matrix.astype(np.float64), atol=1e-4)
 
