@@ -1,8 +1,9 @@
 """Greedy decoding of SmolLM2-135M in float32, beside transformers' `generate`, in one run on this machine.
 
 Both continue the same prompts of 16 tokens by 64, prefill included, at each batch size; repetitions take turns, and
-each time is the median. Beside them stands the time that reading the weights once a token takes at the read bandwidth
-measured here. With real weights the answers are compared as well: rounding may part them, rarely and late.
+each time is the median. A step, the time between tokens, is what the 63 tokens after the first took more. Its
+roofline is the time that reading the weights once takes at the read bandwidth, measured in turn with the repetitions;
+the median again. With real weights the answers are compared as well: rounding may part them, rarely and late.
 
 Usage (needs the `bench` extra):
 
@@ -93,6 +94,13 @@ def peer(source: str | None, cfg: ModelConfig) -> Decoder:
     return decode
 
 
+def _timed(run: Decoder, prompts: list[list[int]], new_tokens: int) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run(prompts, new_tokens)
+    return time.perf_counter() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="a Hugging Face directory or a .gguf file")
@@ -104,12 +112,12 @@ def main() -> None:
     args = parser.parse_args()
     if (args.model is None) != args.random:
         parser.error("give a model, or --random")
+    if args.new_tokens < 2:
+        parser.error("--new-tokens: at least 2, for a step is the time between tokens")
 
     cfg, params, decode = ours(args.model, args.layers)
     decoders = {"jaxlm": decode, "transformers": peer(args.model, cfg)}
-    bound = weight_bytes(cfg, params) / read_bandwidth()
-    size = weight_bytes(cfg, params) / 1e6
-    print(f"{size:.0f} MB of weights a step; reading them takes {1e3 * bound:.1f} ms here: {1 / bound:.1f} steps/s")
+    size = weight_bytes(cfg, params)
     rng = np.random.default_rng(0)
     for batch in args.batch:
         prompts = rng.integers(0, cfg.vocab_size, (batch, PROMPT_LENGTH)).tolist()
@@ -119,18 +127,26 @@ def main() -> None:
             answers[name] = run(prompts, args.new_tokens)  # compiles
             assert all(len(answer) == args.new_tokens for answer in answers[name])
             print(f"batch {batch}  {name:<12}  first call {time.perf_counter() - started:.1f} s")
+            run(prompts, 1)
         seconds: dict[str, list[float]] = {name: [] for name in decoders}
+        firsts: dict[str, list[float]] = {name: [] for name in decoders}
+        bounds = []
         for _ in range(args.repeats):
             for name, run in decoders.items():
-                started = time.perf_counter()
-                run(prompts, args.new_tokens)
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(_timed(run, prompts, args.new_tokens))
+                firsts[name].append(_timed(run, prompts, 1))
+            bounds.append(size / read_bandwidth())
         median = {name: statistics.median(times) for name, times in seconds.items()}
+        bound = statistics.median(bounds)
         for name, times in seconds.items():
             rate = batch * args.new_tokens / median[name]
-            of_bound = args.new_tokens * bound / median[name]
             spread = f"{min(times):.2f} to {max(times):.2f} s"
-            print(f"batch {batch}  {name:<12}  {rate:7.1f} tokens/s  ({spread}; {of_bound:.0%} of the roofline)")
+            step = (median[name] - statistics.median(firsts[name])) / (args.new_tokens - 1)
+            print(
+                f"batch {batch}  {name:<12}  {rate:7.1f} tokens/s  ({spread}); a step {1e3 * step:5.1f} ms, "
+                f"{bound / step:.0%} of the roofline"
+            )
+        print(f"batch {batch}  reading       {size / 1e6:.0f} MB of weights takes {1e3 * bound:.1f} ms here")
         print(f"batch {batch}  ratio         {median['transformers'] / median['jaxlm']:.2f}")
         if args.model is not None:
             same = [a == b for a, b in zip(answers["jaxlm"], answers["transformers"], strict=True)]
