@@ -179,7 +179,9 @@ def measure(
     first: list[list[float]] = [[] for _ in runs]
     steps: list[list[float]] = [[] for _ in batches]
     draws: list[list[float]] = [[] for _ in batches]
+    reads = []
     for _ in range(repeats):
+        reads.append(read_bandwidth(bandwidth_size, 2))  # in turn with the rest: it changes within a minute
         for seconds, run in zip(first, runs, strict=True):
             seconds.append(run.first_token())
         for seconds, drawn, run in zip(steps, draws, batches, strict=True):
@@ -190,7 +192,7 @@ def measure(
         name=name,
         device=f"{device.device_kind} ({jax.device_count()} x {device.platform})",
         weight_bytes=weight_bytes(cfg, params),
-        bytes_per_s=read_bandwidth(bandwidth_size, repeats),
+        bytes_per_s=statistics.median(reads),
         new_tokens=new_tokens,
         repeats=repeats,
         sampling=sampling,
