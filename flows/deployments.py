@@ -62,4 +62,5 @@ def serve_all(*, limit: int) -> None:
             f"{server.api_url()}: Prefect's API does not answer; start it with prefect server start."
         )
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    serve(*deployments(), limit=limit)
+    with server.temporary_folder():
+        serve(*deployments(), limit=limit)

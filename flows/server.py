@@ -2,9 +2,11 @@
 
 With no server configured Prefect starts one of its own and stops it when Python exits, which does not happen when the
 process is killed. So a tiny guard process is told the server's number over a pipe; when the pipe closes, however our
-process ended, the guard stops what is left. The guard is this file, run as a script on the standard library alone.
-Server and guard have sessions of their own: Ctrl-C, or a SIGTERM to our process group, ends the flow first, which then
-tells the server how it ended.
+process ended, the guard, guard.py, stops what is left. Server and guard have sessions of their own: Ctrl-C, or a
+SIGTERM to our process group, ends the flow first, which then tells the server how it ended.
+
+A process that serves flows gives Prefect a folder for temporary files of its own, `temporary_folder`. Prefect leaves
+some there when it is killed; the guard removes the folder once no process is left that was told of it.
 
 A temporary server that dies is started again on its port, so that the run is reported all the same. One that is not
 ours is waited for at the end of the flow.
@@ -17,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +32,6 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from prefect.server.api.server import SubprocessASGIServer
 
-_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 _REVIVALS = 3  # of a temporary server, in one flow
 _ASKED_TO_END = (0, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a server that was: it stays away
 
@@ -215,12 +217,31 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+@contextmanager
+def temporary_folder() -> Iterator[None]:
+    """Inside the block, temporary files of this process and of those that it starts go to a folder that goes with them.
+
+    Not for what other threads do at the same time: the environment is the process's.
+    """
+    folder, before = tempfile.mkdtemp(prefix="jaxlm-flows-"), os.environ.get("TMPDIR")
+    _guard().write(f"{folder}\n".encode())
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None  # looked for anew
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
 @functools.cache
 def _guard() -> _Pipe:
     """The guard of this process. It ends when the process does."""
     return _Pipe(
         subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__],
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -239,39 +260,3 @@ class _Pipe:
         assert self._process.stdin is not None
         self._process.stdin.write(data)
         self._process.stdin.flush()
-
-
-def _guard_main() -> None:
-    watched = {}
-    for line in sys.stdin:
-        pid = int(line)
-        watched[pid] = _started(pid)
-    left = [pid for pid, started in watched.items() if started == _started(pid)]
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in left:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
-        end = time.monotonic() + _GRACE
-        while left and time.monotonic() < end:
-            left = [pid for pid in left if _exists(pid) and watched[pid] == _started(pid)]
-            time.sleep(0.05)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
-
-
-def _started(pid: int) -> str:
-    """When a process started, where the system tells: another process may get the same number later."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-if __name__ == "__main__":
-    _guard_main()
