@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
 from jaxlm.model import cache as kv_cache
 from jaxlm.model.attention import attend, attend_next
 from jaxlm.model.positions import rotate
@@ -105,7 +106,7 @@ def product(x: jax.Array, turned: jax.Array, dtype: jnp.dtype | type | None = No
     parts = math.gcd(turned.shape[0], PARTS)
 
     def on_cpu(rows: jax.Array, turned: jax.Array) -> jax.Array:
-        if len(rows) > 1 or parts == 1:
+        if rows.shape[0] != 1 or parts == 1:  # not len: exported, it may be a symbol
             return jax.lax.optimization_barrier(jnp.matmul(turned, rows.T, preferred_element_type=dtype)).T
         each, some = jnp.broadcast_to(rows, (parts, *rows.shape)), turned.reshape(parts, -1, turned.shape[1])
         y = jnp.einsum("gbk,gnk->gbn", each, some, preferred_element_type=dtype)
@@ -151,7 +152,13 @@ class Joined(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        y = product(x, self.get_variable("params", "turned").astype(x.dtype))
+        turned: jax.Array = self.get_variable("params", "turned").astype(x.dtype)
+        if (found := turned.shape[0]) != sum(self.features):
+            raise InputError(
+                f"params: {self.name} has {found} outputs, but the configuration asks for {sum(self.features)}; give "
+                "the configuration that the weights were prepared with."
+            )
+        y = product(x, turned)
         if self.has_variable("params", "bias"):
             y = y + self.get_variable("params", "bias").astype(x.dtype)
         ends = [sum(self.features[:i]) for i in range(1, len(self.features))]

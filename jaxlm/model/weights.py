@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlm.errors import InputError
+
 Path = tuple[str, ...]
 
 
@@ -71,8 +73,10 @@ def weight(path: str) -> Weight:
     """The table's row for a path such as `blocks/attn/q/kernel`.
 
     Raises:
-        KeyError: the table has no such weight.
+        InputError: the table has no such weight.
     """
+    if path not in TABLE:
+        raise InputError(f"params: {path}: no such weight; give the parameters as they were before sample.prepare.")
     return TABLE[path]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from jaxlm import model
 from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
 from jaxlm.model.blocks import matrix_init
 from jaxlm.model.weights import TABLE, path_of
 from jaxlm.presets import PRESETS, preset
@@ -43,7 +44,7 @@ def test_matrices_decay_and_vectors_do_not(name, parameter_shapes):
 
 
 def test_an_unknown_weight_is_a_key_error():
-    with pytest.raises(KeyError, match="blocks/attn/w"):
+    with pytest.raises(InputError, match="blocks/attn/w: no such weight"):
         model.weight("blocks/attn/w")
 
 
