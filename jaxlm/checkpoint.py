@@ -163,13 +163,34 @@ def _all_damaged(root: Path, damaged: list[Damage]) -> str:
     return f"no checkpoint in {root} is undamaged ({named}); put back the files, or remove the directory to start again"
 
 
+class _Absent:
+    def __repr__(self) -> str:
+        return "not recorded"
+
+
+_ABSENT = _Absent()
+
+
+def _differences(name: str, found: Any, expected: Any) -> list[tuple[str, Any, Any]]:
+    """The fields, `a.b.c`, in which two JSON values differ, with what either has there."""
+    if not isinstance(found, dict) or not isinstance(expected, dict):
+        return [] if found == expected else [(name, found, expected)]
+    return [
+        line
+        for key in {**expected, **found}
+        for line in _differences(f"{name}.{key}", found.get(key, _ABSENT), expected.get(key, _ABSENT))
+    ]
+
+
 def _read(folder: Path, manifest: Manifest, items: Mapping[str, Any], expect: Mapping[str, Any]) -> dict[str, Any]:
     """Reads `items` from a checkpoint known to be undamaged, after comparing `expect` and every leaf."""
     for field, value in as_json(expect).items():
-        if field not in manifest.meta or manifest.meta[field] != value:
-            found = repr(manifest.meta[field]) if field in manifest.meta else "not recorded"
+        recorded = manifest.meta.get(field, _ABSENT)
+        if differing := _differences(field, recorded, value):
+            name, found, wanted = differing[0]
+            more = f" ({len(differing) - 1} more of {field} differ)" if len(differing) > 1 else ""
             raise InputError(
-                f"{field} is {found} in the checkpoint {folder}, but {value!r} is expected; "
+                f"{name} is {found!r} in the checkpoint {folder}, but {wanted!r} is expected{more}; "
                 "use what it was saved with, or another directory"
             )
     for name, tree in items.items():

@@ -231,6 +231,19 @@ def test_other_expectations_are_refused(saved: Path) -> None:
         restore(saved, {"opt_state": {}})
 
 
+def test_of_two_configurations_only_what_differs_is_told(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(7, {"params": PARAMS}, meta={"model": {"n_layers": 2, "norm": {"eps": 1e-5}, "old": 1}})
+    now = {"n_layers": 2, "norm": {"eps": 1e-6}, "new": None}
+    with pytest.raises(InputError) as told:
+        restore(tmp_path, {}, expect={"model": now})
+    assert str(told.value).startswith("model.norm.eps is 1e-05 in the checkpoint")
+    assert "but 1e-06 is expected (2 more of model differ)" in str(told.value)
+    assert "n_layers" not in str(told.value)
+    with pytest.raises(InputError, match=r"model\.new is not recorded in the checkpoint .*, but None is expected"):
+        restore(tmp_path, {}, expect={"model": {"n_layers": 2, "norm": {"eps": 1e-5}, "old": 1, "new": None}})
+
+
 def test_asking_for_what_is_not_there(saved: Path, tmp_path: Path) -> None:
     assert restore(tmp_path, {}) is None
     assert restore(tmp_path / "absent", {}) is None
