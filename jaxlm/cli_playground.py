@@ -26,7 +26,7 @@ def playground(
     Parameters
     ----------
     models
-        Runs, <run>/<stage>, Hugging Face directories or owner/name, or .gguf files; by default the newest run, before
+        Runs, RUN/STAGE, Hugging Face directories or owner/name, or .gguf files; by default the newest run, before
         and after its fine-tuning.
     port
         Where the page is; by default a free one.

@@ -12,9 +12,9 @@ from jaxlm.errors import InputError
 
 Root = Annotated[Path, Parameter(help="directory that holds store/ and runs/")]
 Verified = Annotated[
-    str, Parameter(help="a run's name, <run>/<stage>, or the directory of a run, a stage or an imported model")
+    str, Parameter(help="a run's name, RUN/STAGE, or the directory of a run, a stage or an imported model")
 ]
-Run = Annotated[str, Parameter(help="a run's name, <run>/<stage>, or the directory of a run or a stage")]
+Run = Annotated[str, Parameter(help="a run's name, RUN/STAGE, or the directory of a run or a stage")]
 
 
 def verify(run: Verified, /, *, root: Root = Path(".")) -> None:

@@ -89,6 +89,12 @@ def test_every_command_has_help(jaxlm, command):
     assert first[:30] in " ".join(ended.out.split())
 
 
+@pytest.mark.parametrize("command", ["playground", "verify", "diff"])
+def test_help_tells_how_a_stage_is_named(jaxlm, command):
+    """Help is read as markup, which leaves out words between < and >."""
+    assert "RUN/STAGE" in jaxlm(command, "--help").out
+
+
 def test_overview_and_version(jaxlm):
     ended = jaxlm("--help")
     assert ended.code == 0

@@ -50,10 +50,12 @@ def calibration(
         bins: of equal `width` in probability, or of equal `mass`, as many predictions in each.
 
     Raises:
-        InputError: shapes that do not go together, no place that counts, a NaN, or no bin.
+        InputError: shapes that do not go together, no place that counts, a NaN, no bin, or another `which` or `bins`.
 
     Source: Guo et al., On calibration of modern neural networks (arXiv 1706.04599), section 2.
     """
+    if which not in ("top", "all"):
+        raise InputError(f"which: must be 'top' or 'all', found {which!r}.")
     logits, wanted = np.asarray(log_probs, np.float64), np.asarray(targets)
     if logits.shape[:-1] != wanted.shape:
         raise InputError(
@@ -98,6 +100,8 @@ def reliability(
         raise InputError("predictions: probabilities must be between 0 and 1, found others or NaN.")
     if n_bins < 1:
         raise InputError(f"n_bins: must be at least 1, found {n_bins}.")
+    if bins not in ("width", "mass"):
+        raise InputError(f"bins: must be 'width' or 'mass', found {bins!r}.")
     if bins == "width":
         place = np.minimum((p * n_bins).astype(np.int64), n_bins - 1)
     else:

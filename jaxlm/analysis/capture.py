@@ -69,9 +69,12 @@ def capture(
         every dict that it returns.
 
     Raises:
-        InputError: the model has no such intermediate; the message lists the nearest names.
+        InputError: the model has no such intermediate (the message lists the nearest names), or tokens of another
+            shape.
     """
     wanted = select(cfg, names)
+    if jnp.ndim(tokens) != 2:
+        raise InputError(f"tokens: expected [B, T], found shape {jnp.shape(tokens)}; a single text is tokens[None].")
     # The marks inside a scan or a rematerialised block are out of reach, so neither is used.
     cfg = cfg.replace(remat=False) if cfg.remat else cfg
     if cfg.kind == "transformer" and not isinstance(params["blocks"], tuple):

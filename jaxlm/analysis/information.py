@@ -14,7 +14,7 @@ docs/analysis.md shows the result.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,12 +72,13 @@ def neighbour_information(x: ArrayLike, y: ArrayLike, *, k: int = 3) -> float:
         k: neighbours: fewer give less bias and more noise.
 
     Raises:
-        InputError: lengths that differ, or not more than k points; with labels, no label with more than k.
+        InputError: values that are no finite numbers, lengths that differ, or not more than k points; with labels, no
+            label with more than k.
 
     Sources: Kraskov, Stoegbauer and Grassberger (arXiv cond-mat/0305641), eq. 8; for labels Ross (2014), Mutual
     information between discrete and continuous data sets, eq. 2.
     """
-    points, labels = _scaled(x), np.asarray(y)
+    points, labels = _scaled(_numbers("x", x)), _numbers("y", y)
     _same_length(points, labels)
     if k < 1 or len(points) <= k:
         raise InputError(f"k: must be at least 1 and below the number of points, {len(points)}, found {k}.")
@@ -85,7 +86,7 @@ def neighbour_information(x: ArrayLike, y: ArrayLike, *, k: int = 3) -> float:
         return _with_labels(points, labels, k)
     from scipy.special import digamma
 
-    other = _scaled(y)
+    other = _scaled(labels)
     radius = _kth_distance(np.concatenate([points, other], axis=1), k)
     near_x, near_y = _within(points, radius), _within(other, radius)
     return float(digamma(k) + digamma(len(points)) - (digamma(near_x) + digamma(near_y)).mean())
@@ -174,8 +175,13 @@ def gaussian_pair(
 
     Each coordinate of y has the correlation r with its own of x, and I = -dims / 2 log(1 - r**2).
 
+    Raises:
+        InputError: fewer than one sample or dimension, or negative information.
+
     Source: Cover and Thomas, Elements of Information Theory, example 8.5.1.
     """
+    for name, value, least in (("n", n, 1), ("nats", nats, 0), ("dims", dims, 1)):
+        _at_least(name, value, least)
     r = math.sqrt(1.0 - math.exp(-2.0 * nats / dims))
     rng = np.random.default_rng(seed)
     x, noise = rng.normal(size=(2, n, dims))
@@ -192,7 +198,12 @@ def gaussian_classes(
 
     Returns:
         float64[n, dims], int64[n], nats.
+
+    Raises:
+        InputError: fewer than two classes, fewer than one sample or dimension, or a negative distance.
     """
+    for name, value, least in (("n", n, 1), ("n_classes", n_classes, 2), ("distance", distance, 0), ("dims", dims, 1)):
+        _at_least(name, value, least)
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(n_classes, dims))
     means *= distance / np.linalg.norm(means, axis=1, keepdims=True)
@@ -209,6 +220,25 @@ def gaussian_classes(
 def _same_length(x: NDArray[np.generic], y: NDArray[np.generic]) -> None:
     if len(x) != len(y) or not len(x):
         raise InputError(f"samples: expected as many on both sides, and some, found {len(x)} and {len(y)}.")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least:  # so that NaN is refused too
+        raise InputError(f"{name}: must be at least {least}, found {value}.")
+
+
+def _numbers(name: str, values: ArrayLike) -> NDArray[Any]:
+    """An array of the type that the values have."""
+    try:
+        found = np.asarray(values)
+        bad = int((~np.isfinite(found)).sum())
+    except (TypeError, ValueError):  # texts, objects, rows of several lengths
+        raise InputError(f"{name}: expected an array of numbers, found others; give labels as integers.") from None
+    if bad:
+        raise InputError(
+            f"{name}: expected finite numbers, found NaN or infinity {bad} times; leave these samples out."
+        )
+    return found
 
 
 def _scaled(values: ArrayLike) -> NDArray[np.float64]:

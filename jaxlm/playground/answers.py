@@ -36,9 +36,15 @@ N_RIVALS = 8
 
 @dataclass(frozen=True)
 class Note:
-    """Something to tell while nothing else comes."""
+    """Something to tell beside an answer.
+
+    Attributes:
+        text: part of a sentence.
+        lasts: it is true of the whole answer; otherwise it is shown while nothing else comes.
+    """
 
     text: str
+    lasts: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,18 @@ def warm(model: Loaded) -> float:
     return time.perf_counter() - start
 
 
+def can_chat(model: Loaded) -> bool:
+    """Whether the model has a form to put questions in."""
+    return getattr(model.tokenizer, "chat_template", None) is not None or model.template is not None
+
+
 def prompt_ids(model: Loaded, prompt: str, settings: Settings) -> list[int]:
-    """The ids that an answer continues.
+    """The ids that an answer continues; a question to a model that cannot chat is a text like any other.
 
     Raises:
-        InputError: an empty prompt that nothing can start, a prompt without room for an answer, or a question to a
-            model without a chat template.
+        InputError: an empty prompt that nothing can start, or a prompt without room for an answer.
     """
-    if settings.chat:
+    if settings.chat and can_chat(model):
         ids = chat.chat_ids(model, [{"role": "user", "content": prompt}])
     else:
         asked = model.tokenizer.encode(prompt)
@@ -167,7 +177,19 @@ def answer(
     """
     settings = Settings() if settings is None else settings
     ids = prompt_ids(model, prompt, settings)
-    return _events(model, ids, settings, stopped)
+    return chain(_notes(model, prompt, settings), _events(model, ids, settings, stopped))
+
+
+def _notes(model: Loaded, prompt: str, settings: Settings) -> Iterator[Note]:
+    """What the model sees otherwise than it was asked."""
+    # Not an error: a model before its fine-tuning is asked beside the one after it, which can chat.
+    if settings.chat and not can_chat(model):
+        yield Note("no chat template here, so this model goes on with the bare prompt", lasts=True)
+    unknown = model.tokenizer.unk_id
+    if unknown is not None and unknown != model.tokenizer.eot_id:  # some have one token for both, and know every text
+        pieces = model.tokenizer.encode(prompt)
+        if n := pieces.count(unknown):
+            yield Note(f"this model does not know {n} of the prompt's {len(pieces)} pieces", lasts=True)
 
 
 def side_by_side(

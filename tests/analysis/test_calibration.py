@@ -64,6 +64,11 @@ def test_a_certain_prediction_is_in_the_last_bin():
     [
         (lambda: analysis.calibration(np.zeros((3, 4)), [1, 2]), r"shape \(3,\), found \(2,\)"),
         (lambda: analysis.calibration(np.zeros((2, 4)), [1, 2], mask=[0, 0]), "at least one"),
+        (lambda: analysis.calibration(np.zeros((2, 4)), [1, 2], which="x"), "which: must be 'top' or 'all', found 'x'"),
+        (
+            lambda: analysis.calibration(np.zeros((2, 4)), [1, 2], bins="x"),
+            "bins: must be 'width' or 'mass', found 'x'",
+        ),
         (lambda: analysis.reliability([0.5], []), "found 1 and 0"),
         (lambda: analysis.reliability([1.5], [True]), "between 0 and 1"),
         (lambda: analysis.reliability([np.nan], [True]), "NaN"),

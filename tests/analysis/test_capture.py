@@ -189,6 +189,12 @@ def test_an_unknown_name_is_an_error_that_lists_the_nearest(models, weights, tok
     assert "analysis.names(cfg)" in str(error.value)
 
 
+def test_tokens_that_are_no_batch(models, weights, tokens):
+    cfg = models["gpt2"]
+    with pytest.raises(InputError, match=r"tokens: expected \[B, T\], found shape \(6,\)"):
+        analysis.capture(cfg, weights(cfg), tokens[0], "embed")
+
+
 def test_a_model_without_a_final_norm_says_so(models, weights, tokens):
     cfg = models["lesson_sinusoidal"]
     with pytest.raises(InputError, match="final_norm"):

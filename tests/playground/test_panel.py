@@ -69,6 +69,14 @@ def test_settings_reach_the_model(panel, model):
     assert panel.answers[0].value.count("<span") == 1 + len(texts(model, max_new_tokens=3, chat=True))
 
 
+def test_a_model_without_a_template_says_so_to_the_end(panel):
+    panel.settings["chat"].value = True
+    panel.generate()
+    assert panel.status.value.startswith("done; table: no chat template")
+    assert "ab\n\n" in panel.answers[0].value
+    assert "ab\n\n" not in panel.answers[1].value
+
+
 @pytest.mark.parametrize("strategy", list(USED))
 def test_what_a_strategy_does_not_use_cannot_be_moved(panel, strategy):
     panel.settings["strategy"].value = strategy

@@ -69,6 +69,12 @@ def test_an_answer_comes_as_lines(client, model):
             assert line["rivals"][0]["prob"] == event.rivals[0].prob
 
 
+def test_a_note_that_lasts_is_told_as_one(client):
+    status, note, *_ = ask(client, models=["table"], settings=GREEDY | {"chat": True})
+    assert (status, note["pane"], note["event"], note["lasts"]) == (200, 0, "note", True)
+    assert "no chat template" in note["text"]
+
+
 def test_one_model_can_be_asked_twice(client):
     _, *lines = ask(client, models=["table", "table"])
     first, second = ([line["token"] for line in lines if line["pane"] == i and "token" in line] for i in (0, 1))
@@ -80,15 +86,14 @@ def test_one_model_can_be_asked_twice(client):
     ("change", "sentence"),
     [
         ({"models": ["nobody"]}, "'nobody' is not open; there are small, table"),
-        ({"models": []}, "models"),
-        ({"models": ["small"] * 3}, "models"),
+        ({"models": []}, "models: choose one model or two, found []"),
+        ({"models": ["small"] * 3}, "models: choose one model or two, found"),
         ({"settings": {"temperature": -1}}, "settings.temperature"),
         ({"settings": {"temprature": 1}}, "did you mean temperature"),
         ({"settings": {"strategy": "best"}}, "settings.strategy"),
         ({"prompt": "é"}, "not among the tokenizer's"),
         ({"prompt": "a" * 200}, "shorten one of them"),
         ({"prompt": 5}, "prompt"),
-        ({"models": ["table"], "settings": {"chat": True}}, "no chat template"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(client, change, sentence):

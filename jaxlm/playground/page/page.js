@@ -84,20 +84,23 @@ function newPanes(request) {
   return request.models.map((name) => {
     const pane = $("pane-template").content.cloneNode(true).firstElementChild;
     pane.querySelector("h2").textContent = name;
-    pane.querySelector(".text").append(make("span", { className: "prompt", textContent: shownPrompt(request) }));
+    pane.querySelector(".text").append(make("span", { className: "prompt", textContent: shownPrompt(request, name) }));
     $("panes").append(pane);
     return pane;
   });
 }
 
-const shownPrompt = (request) => request.prompt + (request.settings.chat ? "\n\n" : "");
+const canChat = (name) => told.models.some((model) => model.name === name && model.chat);
+const shownPrompt = (request, name) => request.prompt + (request.settings.chat && canChat(name) ? "\n\n" : "");
 
 function show(pane, event) {
   const note = pane.querySelector(".note");
+  const lasting = pane.dataset.note || ""; // what stays beside the answer
   if (event.event === "note") {
-    note.textContent = event.text;
+    note.textContent = lasting ? `${lasting}; ${event.text}` : event.text;
+    if (event.lasts) pane.dataset.note = note.textContent;
   } else if (event.event === "token") {
-    note.textContent = "";
+    note.textContent = lasting;
     const part = event.ends ? "⏹" : event.text === "" ? "·" : event.text;
     const token = make("span", { className: "token", textContent: part, tabIndex: -1 });
     if (event.ends || event.text === "") token.classList.add("mark");
@@ -111,7 +114,7 @@ function show(pane, event) {
   } else {
     pane.querySelector(".text").append(event.rest);
     const rate = event.tokens > 1 ? (event.tokens - 1) / Math.max(event.seconds - event.first_s, 1e-9) : 0;
-    note.textContent = event.reason === "error" ? "The settings left nothing to choose." : "";
+    note.textContent = event.reason === "error" ? "The settings left nothing to choose." : lasting;
     pane.querySelector(".figures").textContent = event.tokens
       ? `${event.tokens} tokens, first after ${event.first_s.toFixed(2)} s, then ${rate.toFixed(0)} a second; ` +
         `perplexity ${event.perplexity === null ? "∞" : event.perplexity.toPrecision(3)}; ended by ${event.reason}`
