@@ -62,7 +62,7 @@ def test_bad_input_is_told_before_prefect_starts(tmp_path, checkout):
 def test_the_guard_ends_what_its_owner_leaves_behind(checkout, processes):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"])
     guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", checkout / "flows" / "server.py"], stdin=subprocess.PIPE, text=True
+        [sys.executable, "-I", "-S", checkout / "flows" / "guard.py"], stdin=subprocess.PIPE, text=True
     )
     try:
         guard.stdin.write(f"{child.pid}\n")
