@@ -47,7 +47,7 @@ def init_cache(
         stacked: False keeps one array a layer, which decoding updates in place without touching the others, and
             heads before places, so that no step has to turn a layer's whole cache round (5.9 times a layer's time
             at B=8, S=80, D=576 on two cores). Rows and heads are one axis, since XLA's CPU backend copies an array
-            that is written in one shape and multiplied in another (a third of a step at B=1, S=1040).
+            that is written in one shape and multiplied in another (a fifth of a step at B=1, S=1040).
 
     Raises:
         InputError: more places than learned positions.
