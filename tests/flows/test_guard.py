@@ -17,7 +17,7 @@ import subprocess, sys, tempfile, time
 from flows import server
 with server.temporary_folder():
     tempfile.mkdtemp(prefix="prefect-")
-    wait = [sys.executable, "-c", "import tempfile; tempfile.mkdtemp(); print(1, flush=True); input()"]
+    wait = [sys.executable, "-c", "import sys, tempfile; tempfile.mkdtemp(); print(1, flush=True); sys.stdin.read()"]
     child = subprocess.Popen(wait, stdin=sys.stdin, stdout=sys.stdout)
     {then}
 """
