@@ -3,10 +3,10 @@
 from jaxlm.sample.answers import Generation
 from jaxlm.sample.beam import Hypothesis, beam_search, beam_searches
 from jaxlm.sample.decode import prepare
-from jaxlm.sample.engine import Request
 from jaxlm.sample.filters import filter_logits
 from jaxlm.sample.generate import generate
 from jaxlm.sample.options import Sampling
+from jaxlm.sample.requests import Request
 from jaxlm.sample.sampler import sample_token
 from jaxlm.sample.serve import serve
 from jaxlm.sample.speculative import Speculated, speculate

@@ -25,7 +25,7 @@ ids or biased and banned ids than any before, by powers of two from 16; `slide` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,26 +44,7 @@ from jaxlm.sample import requests as asking
 from jaxlm.sample.answers import Generation
 from jaxlm.sample.arguments import Decodes
 from jaxlm.sample.options import Sampling
-from jaxlm.sample.requests import Overflow
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one request asks for.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: at least 1.
-        sampling: its options.
-        stop_ids: ids that end the answer.
-        stop: a string or strings that end the answer; `serve` looks for them, with a tokenizer.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: tuple[int, ...] = ()
-    stop: str | tuple[str, ...] = ()
+from jaxlm.sample.requests import Overflow, Request
 
 
 class EngineState(NamedTuple):
@@ -185,7 +166,7 @@ def insert(
     slot = _in_range(state, slot)
     if bool(state.used[slot]):
         raise InputError(f"slot: {slot} is in use; harvest and free it first, or take another.")
-    (row,) = checked(cfg, [request], state.capacity, state.n_new, overflow, int(state.requests.n_vocab))
+    (row,) = asking.fit(cfg, [request], state.capacity, state.n_new, overflow, int(state.requests.n_vocab))
     row = replace(
         row, index=arguments.check_count("index", index, 0), sample=arguments.check_count("sample", sample, 0)
     )
@@ -278,45 +259,6 @@ def _free(state: EngineState, slot: jax.Array) -> EngineState:
         rows=state.rows._replace(finished=state.rows.finished.at[slot].set(decoding.LENGTH)),
         used=state.used.at[slot].set(False),
     )
-
-
-def check_request(request: object) -> None:
-    """
-    Raises:
-        InputError: it is none.
-    """
-    if not isinstance(request, Request):
-        raise InputError(f"requests: expected jaxlm.sample.Request, found {arguments.found(request)} among them.")
-
-
-def checked(
-    cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None, overflow: str, n_vocab: int
-) -> list[asking.Entry]:
-    """The requests as `generate` holds them.
-
-    Raises:
-        InputError: one is wrong in itself, too long for a slot of `capacity` tokens, `n_new` of them new, or has a stop
-            id from `n_vocab` on.
-    """
-    for request in requests:
-        check_request(request)
-    wanted = [r.max_new_tokens for r in requests]
-    rows = asking.check(cfg, [r.prompt for r in requests], [r.sampling for r in requests], wanted, overflow)
-    for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
-        if row.slides and capacity is not None and capacity < cfg.max_seq_len:
-            raise InputError(
-                f"prompt {i}: its window is to slide, which needs capacity={cfg.max_seq_len}, the model's context; "
-                f"found {capacity}."
-            )
-        if not row.slides and capacity is not None and len(row.prompt) + row.max_new > capacity:
-            raise InputError(
-                f"prompt {i}: {len(row.prompt)} tokens and {row.max_new} new ones exceed a slot's capacity of "
-                f"{capacity}."
-            )
-        if n_new is not None and row.max_new > n_new:
-            raise InputError(f"max_new_tokens: {row.max_new} exceeds a slot's room for {n_new} new tokens.")
-        arguments.check_stop_ids(cfg, request.stop_ids, n_vocab)
-    return rows
 
 
 def _in_range(state: EngineState, slot: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -17,6 +17,25 @@ from jaxlm.sample.options import Sampling
 
 SMALLEST_BUCKET = 16
 Overflow = Literal["refuse", "crop", "slide"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one request asks for.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: at least 1.
+        sampling: its options.
+        stop_ids: ids that end the answer.
+        stop: a string or strings that end the answer; `serve` looks for them, with a tokenizer.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    stop: str | tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +132,45 @@ def check(
         slides = len(ids) + max_new > cfg.max_seq_len
         out += [Entry(i, ids, option, max_new, sample, slides) for sample in range(n)]
     return out
+
+
+def check_request(request: object) -> None:
+    """
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(request, Request):
+        raise InputError(f"requests: expected jaxlm.sample.Request, found {arguments.found(request)} among them.")
+
+
+def fit(
+    cfg: ModelConfig, requests: Sequence[Request], capacity: int | None, n_new: int | None, overflow: str, n_vocab: int
+) -> list[Entry]:
+    """Requests for slots, as `generate` holds them.
+
+    Raises:
+        InputError: one is wrong in itself, too long for a slot of `capacity` tokens, `n_new` of them new, or has a stop
+            id from `n_vocab` on.
+    """
+    for request in requests:
+        check_request(request)
+    wanted = [r.max_new_tokens for r in requests]
+    rows = check(cfg, [r.prompt for r in requests], [r.sampling for r in requests], wanted, overflow)
+    for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
+        if row.slides and capacity is not None and capacity < cfg.max_seq_len:
+            raise InputError(
+                f"prompt {i}: its window is to slide, which needs capacity={cfg.max_seq_len}, the model's context; "
+                f"found {capacity}."
+            )
+        if not row.slides and capacity is not None and len(row.prompt) + row.max_new > capacity:
+            raise InputError(
+                f"prompt {i}: {len(row.prompt)} tokens and {row.max_new} new ones exceed a slot's capacity of "
+                f"{capacity}."
+            )
+        if n_new is not None and row.max_new > n_new:
+            raise InputError(f"max_new_tokens: {row.max_new} exceeds a slot's room for {n_new} new tokens.")
+        arguments.check_stop_ids(cfg, request.stop_ids, n_vocab)
+    return rows
 
 
 def groups(cfg: ModelConfig, requests: list[Entry], slots: int) -> list[list[Entry]]:

@@ -18,8 +18,8 @@ from jaxlm.sample import decode as decoding
 from jaxlm.sample import requests as asking
 from jaxlm.sample.answers import Generation
 from jaxlm.sample.arguments import Decodes
-from jaxlm.sample.engine import EngineState, Request
-from jaxlm.sample.requests import Overflow, bucket
+from jaxlm.sample.engine import EngineState
+from jaxlm.sample.requests import Overflow, Request, bucket
 
 
 def serve(
@@ -73,7 +73,7 @@ def serve(
         raise InputError(f"requests: expected a list or an iterator of jaxlm.sample.Request, found {found}.")
     n_vocab = arguments.real_vocab(cfg, tokenizer)
     if isinstance(requests, Sequence):
-        rows = engine.checked(cfg, requests, capacity, n_new, overflow, n_vocab)
+        rows = asking.fit(cfg, requests, capacity, n_new, overflow, n_vocab)
         n_new = n_new or bucket(max((r.max_new for r in rows), default=1))
         needed = max((asking.width(cfg, r) for r in rows), default=1) + n_new
         if any(r.slides for r in rows):
@@ -121,7 +121,7 @@ def _serving(
     while True:
         while empty and wrong is None and (item := next(queue, None)) is not None:
             try:
-                engine.check_request(item.request)
+                asking.check_request(item.request)
                 ends = arguments.check_stops(item.request.stop, tokenizer)
                 state = insert(state, empty[0], item.request, index=item.number, sample=item.sample)
                 held[empty.popleft()] = item, ends

@@ -10,8 +10,7 @@ import pytest
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import apply
-from jaxlm.sample import Sampling, engine, generate, prepare
-from jaxlm.sample.engine import Request
+from jaxlm.sample import Request, Sampling, engine, generate, prepare
 from jaxlm.sample.serve import serve
 
 QUICK_COMPILE = True
