@@ -6,7 +6,7 @@ import difflib
 from datetime import date
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from jaxlm.errors import InputError
 
@@ -28,6 +28,17 @@ class Frozen(BaseModel):
 
     extra_names: ClassVar[tuple[str, ...]] = ()  # keys that a validator of the model takes beside its fields
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read `seed: true` as 1."""
+        if isinstance(value, bool) and info.field_name:
+            annotation = cls.model_fields[info.field_name].annotation
+            kinds = {annotation, *get_args(annotation)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("expected a number")
+        return value
 
     def replace(self, **changes: Any) -> Self:
         """A copy with `changes`, validated again from the start.

@@ -110,6 +110,8 @@ def test_a_key_that_is_not_text_is_refused(tmp_path):
         ({"train": {"checkpoint_seconds": math.inf}}, "train.checkpoint_seconds"),
         ({"train": {"checkpoint_every": -1}}, "train.checkpoint_every"),
         ({"train": {"log_every": 0}}, "train.log_every"),
+        ({"seed": True}, "seed"),  # YAML's `yes`, too
+        ({"train": {"learning_rate": True}}, "train.learning_rate"),
         ({"train": {"beta2": 1.0}}, "train.beta2"),
         ({"train": {"final_lr_ratio": 1.1}}, "train.final_lr_ratio"),
         ({"train": {"optimizer": "sgd"}}, "train.optimizer"),

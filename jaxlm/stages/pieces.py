@@ -15,9 +15,10 @@ import numpy as np
 
 from jaxlm import tokenizers
 from jaxlm.config import TokenizerConfig
+from jaxlm.stages import place
 from jaxlm.stages.download import read_split, vocabulary_texts
 from jaxlm.stages.store import read_manifest, read_spec
-from jaxlm.tokenizers import Tokenizer
+from jaxlm.tokenizers import Tokenizer, UnknownTextError
 
 FOLDER = "encoded"
 SPLITS = ("train", "val")
@@ -42,24 +43,49 @@ def build_tokenizer(directory: str | Path) -> str:
 
 
 def encode_shard(directory: str | Path, shard: int, shards: int) -> int:
-    """Encodes the documents of each split that belong to `shard`. Returns how many tokens they have."""
+    """Encodes the documents of each split that belong to `shard`. Returns how many tokens they have.
+
+    Raises:
+        InputError: a document holds what the tokenizer cannot express; names the file and the line.
+    """
     home = Path(directory)
     tokenizer = saved_tokenizer(home)
     assert tokenizer is not None  # build_tokenizer comes first
-    download = read_manifest(read_spec(home).input_directory("download"))
+    spec = read_spec(home)
+    download = read_manifest(spec.input_directory("download"))
+    texts = {split: read_split(download, split) for split in SPLITS}
     total = 0
-    for split in SPLITS:
-        documents = read_split(download, split)
+    for split, documents in texts.items():
         start, end = bounds(len(documents), shard, shards)
         file = home / FOLDER / _name(split, start, end)
         if not file.exists():
-            ids = [np.asarray(tokenizer.encode(text), np.int32) for text in documents[start:end]]
+            try:
+                ids = encode(tokenizer, documents[start:end])
+            except UnknownTextError as error:
+                error.document += start
+                raise place.unknown_text(spec, download, texts, split, error) from None
             part = file.with_suffix(f".{os.getpid()}.tmp")
             with open(part, "wb") as out:
                 np.savez(out, ids=np.concatenate([np.zeros(0, np.int32), *ids]), lengths=np.array([*map(len, ids)]))
             os.replace(part, file)
         total += int(np.load(file)["lengths"].sum())
     return total
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids of each text, int32.
+
+    Raises:
+        UnknownTextError: a text holds what the tokenizer cannot express; its `document` says which.
+    """
+    out: list[np.ndarray] = []
+    for text in texts:
+        try:
+            out.append(np.asarray(tokenizer.encode(text), np.int32))
+        except UnknownTextError as error:
+            error.document = len(out)
+            raise
+    return out
 
 
 def saved_tokenizer(directory: Path) -> Tokenizer | None:

@@ -19,7 +19,7 @@ from jaxlm._memory import cores
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import pack_documents, write_rows, write_stream
 from jaxlm.errors import InputError
-from jaxlm.stages import pieces, process
+from jaxlm.stages import pieces, place, process
 from jaxlm.stages.download import read_split, vocabulary_texts
 from jaxlm.stages.spec import Manifest, Spec
 from jaxlm.tokenizers import Tokenizer, UnknownTextError
@@ -45,10 +45,7 @@ def run(spec: Spec, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         try:
             ids = encode_all(tokenizer, documents, label=name, done=done)
         except UnknownTextError as error:
-            option = f"name={cfg.name}" if cfg.kind == "named" else "unk=false"
-            whole = str(inputs["download"].results["splits"][name]["file"]).endswith(".txt")
-            where = _place(data, texts, name, error, whole=whole)
-            raise InputError(f"tokenizer.{option}: {where}: {error}") from None
+            raise place.unknown_text(spec, inputs["download"], texts, name, error) from None
         tokens[name] = sum(map(len, ids))
         if data.pack == "documents":
             if tokenizer.eot_id is None:
@@ -114,11 +111,11 @@ def _encoded_batches(
     batches = list(_batches(documents))
     if total < PARALLEL_FROM or len(batches) == 1:
         for batch in batches:
-            yield batch, _encode(tokenizer, batch)
+            yield batch, pieces.encode(tokenizer, batch)
         return
     workers = cores()
     with ProcessPoolExecutor(workers, mp_context=process.Helpers()) as pool:
-        yield from zip(batches, pool.map(_encode, [tokenizer] * len(batches), batches), strict=True)
+        yield from zip(batches, pool.map(pieces.encode, [tokenizer] * len(batches), batches), strict=True)
 
 
 def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
@@ -132,31 +129,6 @@ def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    out: list[np.ndarray] = []
-    for text in texts:
-        try:
-            out.append(np.asarray(tokenizer.encode(text), np.int32))
-        except UnknownTextError as error:
-            error.document = len(out)
-            raise
-    return out
-
-
-def _place(
-    data: DataConfig, texts: Mapping[str, Sequence[str]], split: str, error: UnknownTextError, *, whole: bool
-) -> str:
-    """Where in what the user named: of one text cut in two (`whole`) the line, else the document and its line."""
-    field = "source" if data.source != "file" else "url" if data.path is None else "path"
-    before = texts["train"] if split == "val" else []
-    line = texts[split][error.document].count("\n", 0, error.offset) + 1
-    if whole:
-        where = f"line {line + sum(text.count(chr(10)) for text in before)} of the text"
-    else:
-        where = f"document {len(before) + error.document + 1}, line {line} of it"
-    return f"data.{field}={getattr(data, field)}, {where} ({split} split)"
 
 
 def _joined(documents: Sequence[np.ndarray], eot_id: int | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -63,13 +64,32 @@ def test_the_shards_are_used_and_what_is_missing_is_encoded(stages, monkeypatch)
     pieces.build_tokenizer(spec.directory)
     pieces.encode_shard(spec.directory, 1, 4)  # the others were not done when a flow was stopped
     encoded = []
-    encode = tokenize._encode
-    monkeypatch.setattr(tokenize, "_encode", lambda tokenizer, texts: encoded.extend(texts) or encode(tokenizer, texts))
+    encode = pieces.encode
+    monkeypatch.setattr(pieces, "encode", lambda tokenizer, texts: encoded.extend(texts) or encode(tokenizer, texts))
     monkeypatch.setattr(tokenize.tokenizers, "build", lambda *args, **kwargs: pytest.fail("it is there already"))
     manifest, _ = run_stage(spec, launcher="inline")
     assert len(encoded) == 30  # of 36 training and 4 validation documents, without a quarter of each
     monkeypatch.undo()
     assert digests(manifest) == digests(run_stage(stages("alone"), launcher="inline")[0])
+
+
+def test_a_shard_says_where_a_text_lies_that_it_cannot_express(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    texts = ["abc\nabc"] * 18 + ["cab", "a\nbx"]  # 18 for training, 2 for validation
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "run.yaml").write_text(f"data: {{source: file, path: {file}, seq_len: 4}}\nsft: {{enabled: false}}\n")
+    cfg = load(tmp_path / "run.yaml", ["tokenizer.kind=char", "tokenizer.unk=false"]).replace(root=str(tmp_path), launcher="inline")
+    download, spec = plan(cfg)[:2]
+    run_stage(download, launcher="inline")
+    write_spec(spec)
+    pieces.build_tokenizer(spec.directory)
+    pieces.encode_shard(spec.directory, 0, 2)
+    with pytest.raises(InputError) as alone:
+        run_stage(spec, launcher="inline")
+    with pytest.raises(InputError) as mapped:
+        pieces.encode_shard(spec.directory, 1, 2)
+    assert str(mapped.value) == str(alone.value)
+    assert f"data.path={file}, document 20, line 2 of it (val split): character 'x'" in str(mapped.value)
 
 
 def test_a_runner_whose_package_is_missing(monkeypatch):
