@@ -95,10 +95,14 @@ def _sentence(model: type[Frozen], error: Any) -> str:
         return message
     if isinstance(found, dict | BaseModel):
         return f"{field}: {message}"
-    sentence = f"{field}: {message[0].lower()}{message[1:]}, found {found!r}"
+    shown = repr(found)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown):,} characters)"
+    sentence = f"{field}: {message[0].lower()}{message[1:]}, found {shown}"
     unquoted = error["type"] == "string_type" and isinstance(found, int | float | date)
     return f"{sentence}; put quotes around it" if unquoted else sentence
 
+
+_SHOWN = 200  # characters of a value that a sentence repeats
 
 # Pydantic's words for these are Python's, not YAML's.
 _EXPECTED = {

@@ -148,6 +148,13 @@ def test_value_out_of_range_is_refused_with_its_field(values, field):
     assert f"found {value!r}" in sentence
 
 
+def test_a_long_value_is_not_repeated_whole():
+    sentence = refused({"name": "/" * 100_000})
+    assert "found '////" in sentence
+    assert sentence.endswith("... (100,002 characters).")
+    assert len(sentence) < 400
+
+
 def test_several_problems_are_named_at_once():
     sentence = refused({"train": {"steps": 0, "beta1": 2.0}, "sead": 3})
     assert all(part in sentence for part in ("train.steps", "train.beta1", "sead"))

@@ -222,11 +222,11 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
         yield Note(f"searching with {settings.beams} beams")
         best = beam_search(
             model.cfg, model.params, ids, n_beams=settings.beams, max_new_tokens=settings.max_new_tokens,
-            stop_ids=model.stop_ids, tokenizer=model.tokenizer,
+            stop_ids=model.stop_ids, tokenizer=model.tokenizer, stopped=stopped,
         )[0]  # fmt: skip
         forced = tuple(best.tokens)
-        if not forced:
-            yield End("error", 0, math.nan, time.perf_counter() - start, math.nan)
+        if not forced or stopped():
+            yield End("stopped" if stopped() else "error", 0, math.nan, time.perf_counter() - start, math.nan)
             return
     untold: list[Told] = []
     seen: list[float] = []  # surprise of each token

@@ -6,23 +6,38 @@ import html
 import math
 from collections.abc import Iterable
 
+from jaxlm.playground.answers import End
 from jaxlm.playground.explain import Token
 
 _STYLE = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.6"
 
 
-def tokens_html(tokens: Iterable[Token], *, prompt: str = "", title: str = "") -> str:
+def tokens_html(tokens: Iterable[Token], *, prompt: str = "", title: str = "", end: End | None = None) -> str:
     """An answer as one `<div>` that needs no script, style sheet or outside file.
 
     Args:
         tokens: of the answer.
         prompt: shown before it, paler.
         title: shown above it.
+        end: its figures are shown below it.
     """
-    parts = "".join(map(_span, tokens))
+    parts = "".join(map(_span, tokens)) + html.escape(end.rest if end else "")
     head = f'<div style="font-weight:600">{html.escape(title)}</div>' if title else ""
     asked = f'<span style="opacity:.6">{html.escape(prompt)}</span>' if prompt else ""
-    return f'<div>{head}<div style="{_STYLE}">{asked}{parts}</div></div>'
+    foot = f'<div style="opacity:.6">{html.escape(figures(end))}</div>' if end else ""
+    return f'<div>{head}<div style="{_STYLE}">{asked}{parts}</div>{foot}</div>'
+
+
+def figures(end: End) -> str:
+    """How an answer ended, in the page's words: how many tokens, how fast, how surprising, and why it ended."""
+    if not end.tokens:
+        return "The settings left nothing to choose." if end.reason == "error" else f"no tokens; ended by {end.reason}"
+    rate = (end.tokens - 1) / max(end.seconds - end.first_s, 1e-9)
+    then = f", then {rate:.0f} a second" if end.tokens > 1 else ""
+    return (
+        f"{end.tokens} tokens, first after {end.first_s:.2f} s{then}; perplexity {end.perplexity:.3g}; "
+        f"ended by {end.reason}"
+    )
 
 
 def _span(token: Token) -> str:

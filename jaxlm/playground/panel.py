@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm._frozen import validated
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded
-from jaxlm.playground.answers import Note, can_chat, side_by_side
+from jaxlm.playground.answers import End, Note, can_chat, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.markup import tokens_html
 from jaxlm.playground.settings import USED, Settings, controls
@@ -35,9 +35,15 @@ class Panel:
     """
 
     def __init__(self, models: Mapping[str, Loaded], *, prompt: str = "Once upon a time") -> None:
-        """A panel for `models`, by the names to show."""
+        """A panel for `models`, by the names to show.
+
+        Raises:
+            InputError: there are none.
+        """
         self._models = dict(models)
         names = list(self._models)
+        if not names:
+            raise InputError("models: expected at least one, found none; open_models() opens the newest run.")
         wide = widgets.Layout(width="98%")
         self.prompt = widgets.Textarea(value=prompt, description="prompt", layout=wide)
         self.first = widgets.Dropdown(options=names, value=names[0], description="model")
@@ -85,16 +91,21 @@ class Panel:
             self.status.value = "generating"
             panes = {str(i): self._models[name] for i, name in enumerate(chosen)}
             breaks = ["\n\n" if settings.chat and can_chat(self._models[name]) else "" for name in chosen]
-            lasting = ""
+            lasting, reasons = "", set[str]()
             for pane, event in side_by_side(panes, self.prompt.value, settings, stopped=self._stopped.is_set):
                 i = int(pane)
-                if isinstance(event, Token):
-                    said[i].append(event)
-                    self.answers[i].value = tokens_html(said[i], prompt=self.prompt.value + breaks[i], title=chosen[i])
-                elif isinstance(event, Note):
+                if isinstance(event, Note):
                     self.status.value = event.text
                     lasting += f"; {chosen[i]}: {event.text}" if event.lasts else ""
-            self.status.value = "done" + lasting
+                    continue
+                if isinstance(event, Token):
+                    said[i].append(event)
+                end = event if isinstance(event, End) else None
+                reasons |= {end.reason} if end else set()
+                self.answers[i].value = tokens_html(
+                    said[i], prompt=self.prompt.value + breaks[i], title=chosen[i], end=end
+                )
+            self.status.value = ("stopped" if "stopped" in reasons else "done") + lasting
         except InputError as error:
             self.status.value = str(error)
         finally:

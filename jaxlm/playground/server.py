@@ -12,7 +12,7 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from jaxlm._frozen import Frozen, validated
 from jaxlm.errors import InputError
@@ -88,10 +89,11 @@ def app(models: Mapping[str, Loaded], stopping: threading.Event | None = None) -
             unknown = [name for name in asked.models if name not in models]
             if unknown:
                 raise InputError(f"models: {unknown[0]!r} is not open; there are {', '.join(models)}.")
-            lines = await run_in_threadpool(_start, models, asked, stopping)
+            gone = threading.Event()
+            lines = await run_in_threadpool(_start, models, asked, lambda: stopping.is_set() or gone.is_set())
         except InputError as error:
             return _wrong(str(error), 400)
-        return StreamingResponse(lines, media_type="application/x-ndjson", headers=HEADERS)
+        return _Lines(lines, gone)
 
     return Starlette(
         routes=[
@@ -103,10 +105,27 @@ def app(models: Mapping[str, Loaded], stopping: threading.Event | None = None) -
     )
 
 
-def _start(models: Mapping[str, Loaded], asked: Asked, stopping: threading.Event) -> Iterator[str]:
+class _Lines(StreamingResponse):
+    """Lines as they come. `gone` is set when the reader goes, which a long wait for the next line looks at."""
+
+    def __init__(self, lines: Iterator[str], gone: threading.Event) -> None:
+        super().__init__(lines, media_type="application/x-ndjson", headers=HEADERS)
+        self._gone = gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self._gone.set()
+            return message
+
+        await super().__call__(scope, watched, send)
+
+
+def _start(models: Mapping[str, Loaded], asked: Asked, stopped: Callable[[], bool]) -> Iterator[str]:
     # By place, not by name: one model may be asked twice.
     panes = {str(i): models[name] for i, name in enumerate(asked.models)}
-    return _lines(side_by_side(panes, asked.prompt, asked.settings, stopped=stopping.is_set))
+    return _lines(side_by_side(panes, asked.prompt, asked.settings, stopped=stopped))
 
 
 def _lines(events: Iterator[tuple[str, Event]]) -> Iterator[str]:

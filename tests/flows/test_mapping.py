@@ -78,7 +78,9 @@ def test_a_shard_says_where_a_text_lies_that_it_cannot_express(tmp_path):
     texts = ["abc\nabc"] * 18 + ["cab", "a\nbx"]  # 18 for training, 2 for validation
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "run.yaml").write_text(f"data: {{source: file, path: {file}, seq_len: 4}}\nsft: {{enabled: false}}\n")
-    cfg = load(tmp_path / "run.yaml", ["tokenizer.kind=char", "tokenizer.unk=false"]).replace(root=str(tmp_path), launcher="inline")
+    cfg = load(tmp_path / "run.yaml", ["tokenizer.kind=char", "tokenizer.unk=false"]).replace(
+        root=str(tmp_path), launcher="inline"
+    )
     download, spec = plan(cfg)[:2]
     run_stage(download, launcher="inline")
     write_spec(spec)

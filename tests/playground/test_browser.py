@@ -176,6 +176,14 @@ def test_an_answer_can_be_stopped(page, monkeypatch):
     assert not page.run("document.getElementById('go').disabled")
 
 
+def test_an_empty_number_is_not_sent(page):
+    fill(page, temperature="", **{"model-b": ""})
+    page.point("#go", click=True)
+    time.sleep(0.3)
+    assert page.run("document.querySelectorAll('.pane').length") == 0
+    assert page.run("document.getElementById('temperature').validity.valueMissing")
+
+
 def test_markup_from_a_model_stays_text(page):
     page.run("document.getElementById('prompt').value = '<img src=x onerror=window.broken=1>'")
     fill(page, **{"model-b": ""})

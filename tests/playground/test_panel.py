@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import time
 
@@ -50,6 +51,27 @@ def test_two_models_side_by_side(panel, model, table):
         assert name in box.value
         assert box.value.count("<span") == 1 + len(texts(found))  # the prompt, then the tokens
         assert "rank 1" in box.value
+
+
+def test_the_end_is_told_below_the_answer(panel):
+    panel.generate()
+    for box in panel.answers:
+        assert re.search(
+            r"5 tokens, first after [\d.]+ s, then \d+ a second; perplexity .*; ended by length", box.value
+        )
+
+
+def test_what_was_stopped_says_so(panel, monkeypatch):
+    panel.settings["max_new_tokens"].value = 60
+    monkeypatch.setattr(panel._stopped, "clear", panel._stopped.set)  # the button, as soon as it can be pressed
+    panel.generate()
+    assert panel.status.value == "stopped"
+    assert "ended by stopped" in panel.answers[0].value
+
+
+def test_a_panel_needs_a_model():
+    with pytest.raises(InputError, match="models: expected at least one"):
+        Panel({})
 
 
 def test_one_model_alone(panel):

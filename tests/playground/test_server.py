@@ -15,7 +15,7 @@ pytest.importorskip("starlette", reason="the page needs the playground extra")
 import httpx
 from starlette.testclient import TestClient
 
-from jaxlm.playground import Settings, answer, server
+from jaxlm.playground import Settings, answer, answers, server
 from jaxlm.playground.explain import Token
 
 QUICK_COMPILE = True
@@ -166,3 +166,25 @@ def test_tokens_come_one_by_one_and_end_when_the_reader_goes(address, monkeypatc
     time.sleep(0.4)
     assert len(steps) <= stopped_at + 1
     assert len(steps) < 60
+
+
+def test_a_search_ends_when_the_reader_goes(address, monkeypatch):
+    """Beam search says nothing until it has ended, so it has to ask."""
+    ended = threading.Event()
+
+    def searching(*args, stopped, **kwargs):
+        deadline = time.monotonic() + 20
+        while not stopped() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if stopped():
+            ended.set()
+        return real(*args, stopped=stopped, **kwargs)
+
+    real = answers.beam_search
+    monkeypatch.setattr(answers, "beam_search", searching)
+    body = {"prompt": "a", "models": ["small"], "settings": {"strategy": "beam", "max_new_tokens": 80}}
+    with httpx.stream("POST", f"{address}/api/answer", json=body, timeout=20) as response:
+        lines = response.iter_lines()
+        assert json.loads(next(lines))["event"] == "note"
+        assert not ended.wait(0.3)
+    assert ended.wait(5)

@@ -171,13 +171,28 @@ def test_one_slot_finds_what_four_find(model):
 def test_compilations_are_bounded(model, compiled):
     """Neither options nor the lengths that fit in the context of 32, but its two powers of two, 16 and 32."""
     run = partial(beam_searches, model.cfg, prepare(model.cfg, model.params), n_beams=4, slots=SLOTS)
-    before = compiled.count("_search")
+    before = compiled.count("go_on")
     run([PROMPT, [5] * 17], max_new_tokens=5, stop_ids=(1, 2))
-    assert compiled.count("_search") - before <= 2
-    before = compiled.count("_search")
+    assert compiled.count("go_on") - before <= 2
+    before = compiled.count("go_on"), compiled.count("begin")
+    assert min(before) >= 1  # by these names
     run([[5]], max_new_tokens=9, stop_ids=(4, 3), length_penalty=2, early_stopping=True, n_best=3)
     run([[n % 12] * n for n in range(1, 28)], max_new_tokens=4, stop_ids=(7, 8))
-    assert compiled.count("_search") == before
+    assert (compiled.count("go_on"), compiled.count("begin")) == before
+
+
+def test_a_search_can_be_stopped(model):
+    """Asked before each block of eight tokens: what had ended by then is what there is."""
+    run = partial(beam_search, model.cfg, prepare(model.cfg, model.params), PROMPT, n_beams=3, max_new_tokens=20)
+    (whole,) = run()
+    asked = []
+    assert run(stopped=lambda: bool(asked.append(1))) == [whole]
+    assert len(asked) == 3
+    (none,) = run(stopped=lambda: True)
+    assert (none.tokens, none.finish_reason) == ([], "error")
+    early = run(stopped=iter([False, True]).__next__, stop_ids=tuple(range(6)), n_best=3, length_penalty=-1.0)
+    assert early
+    assert all(len(h.tokens) <= 8 and h.finish_reason == "stop" for h in early)
 
 
 def test_a_nan_drops_its_beam_and_a_prompt_of_nan_is_an_error():

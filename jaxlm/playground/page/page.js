@@ -40,7 +40,8 @@ function build() {
   }
   for (const [name, [label, step]] of Object.entries(LABELS)) {
     const control = told.controls[name];
-    const number = make("input", { type: "number", id: name, min: control.min, max: control.max, step: step || 1 });
+    const limits = { min: control.min, max: control.max, step: step || 1 };
+    const number = make("input", { type: "number", id: name, required: true, ...limits }); // empty would be zero
     number.value = control.default;
     const row = make("div", { className: "number", id: name + "-row", title: control.description });
     row.append(make("label", { htmlFor: name, textContent: label }));
