@@ -45,11 +45,20 @@ def test_the_correction_removes_most_of_the_bias_of_frequencies():
     assert abs(analysis.discrete_information(x, y)) < 0.03
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("nats", [0.25, 1.0, 4.0])
-def test_neighbours_are_within_five_percent_on_gaussians(nats, dims):
-    """I = -dims / 2 log(1 - r**2), Cover and Thomas, example 8.5.1; each from one sample."""
-    x, y = analysis.gaussian_pair(40_000, nats, dims=dims)
+@pytest.mark.parametrize(
+    ("nats", "n", "dims"),
+    [
+        *((nats, 20_000, dims) for nats in (1.0, 4.0) for dims in (1, 2, 3)),
+        *((0.25, 100_000, dims) for dims in (1, 2)),
+        pytest.param(0.25, 100_000, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_neighbours_are_within_five_percent_on_gaussians(nats, n, dims):
+    """I = -dims / 2 log(1 - r**2), Cover and Thomas, example 8.5.1; each from one sample.
+
+    As many points as let every one of 20 seeds (of 8 from a nat on) pass: 40,000 at a quarter nat miss now and then.
+    """
+    x, y = analysis.gaussian_pair(n, nats, dims=dims)
     assert analysis.neighbour_information(x, y) == pytest.approx(nats, rel=0.05)
 
 
