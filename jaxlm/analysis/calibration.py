@@ -43,26 +43,37 @@ def calibration(
 
     Args:
         log_probs: [..., V], log-probabilities, or logits: they are normalised here.
-        targets: int[...], the tokens that came next.
+        targets: int[...], the tokens that came next, 0 to V - 1; where the mask is zero, anything.
         which: `top`, only each place's likeliest token; `all`, the probability of every token at every place.
         mask: [...], non-zero where a place counts; by default everywhere.
         n_bins: at most so many.
         bins: of equal `width` in probability, or of equal `mass`, as many predictions in each.
 
     Raises:
-        InputError: shapes that do not go together, no place that counts, a NaN, no bin, or another `which` or `bins`.
+        InputError: shapes that do not go together, no place that counts, a target there that is no token, a NaN, no
+            bin, or another `which` or `bins`.
 
     Source: Guo et al., On calibration of modern neural networks (arXiv 1706.04599), section 2.
     """
     if which not in ("top", "all"):
         raise InputError(f"which: must be 'top' or 'all', found {which!r}.")
     logits, wanted = np.asarray(log_probs, np.float64), np.asarray(targets)
-    if logits.shape[:-1] != wanted.shape:
+    if not logits.ndim or logits.shape[:-1] != wanted.shape:
         raise InputError(
             f"targets: expected one for each row of log_probs, shape {logits.shape[:-1]}, found {wanted.shape}."
         )
+    if wanted.size and wanted.dtype.kind not in "iu":
+        raise InputError(f"targets: expected token ids, whole numbers, found {wanted.dtype}.")
     judged = np.ones(wanted.shape, bool) if mask is None else np.asarray(mask) != 0
+    if judged.shape != wanted.shape:
+        raise InputError(f"mask: expected one for each target, shape {wanted.shape}, found {judged.shape}.")
     logits, wanted = logits[judged], wanted[judged]
+    vocabulary = logits.shape[-1]
+    if len(other := wanted[(wanted < 0) | (wanted >= vocabulary)]):
+        raise InputError(
+            f"targets: expected tokens from 0 to {vocabulary - 1}, found {len(other)} others, the first {other[0]}; "
+            "leave these places out with mask=."
+        )
     shifted = np.exp(logits - logits.max(-1, keepdims=True, initial=-math.inf))
     probs = shifted / shifted.sum(-1, keepdims=True)
     if which == "top":

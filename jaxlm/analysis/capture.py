@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, jaxpr_as_fun
 
+from jaxlm.analysis import _checks
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params, apply, init, unstack
@@ -58,7 +59,7 @@ def capture(
     Args:
         cfg: the model.
         params: its parameters, stacked or from `jaxlm.sample.prepare`.
-        tokens: int32[B, T].
+        tokens: int32[B, T], or lists of as many ids each.
         names: of the table above. A `*` stands for anything between two dots: `blocks.*.out` is the stream after
             every block, `blocks.*.attention.*` all that attention does.
         positions: as for `jaxlm.forward`.
@@ -69,12 +70,15 @@ def capture(
         every dict that it returns.
 
     Raises:
-        InputError: the model has no such intermediate (the message lists the nearest names), or tokens of another
-            shape.
+        InputError: the model has no such intermediate (the message lists the nearest names); tokens, positions or
+            segment_ids of another shape or type; or parameters of another configuration. All are seen in shapes and
+            types, so under `jit` while it traces.
     """
     wanted = select(cfg, names)
-    if jnp.ndim(tokens) != 2:
-        raise InputError(f"tokens: expected [B, T], found shape {jnp.shape(tokens)}; a single text is tokens[None].")
+    tokens = _checks.tokens(tokens)
+    positions = _checks.by_token("positions", positions, tokens.shape)
+    segment_ids = _checks.by_token("segment_ids", segment_ids, tokens.shape)
+    _checks.params(cfg, params)
     # The marks inside a scan or a rematerialised block are out of reach, so neither is used.
     cfg = cfg.replace(remat=False) if cfg.remat else cfg
     if cfg.kind == "transformer" and not isinstance(params["blocks"], tuple):
@@ -104,10 +108,12 @@ def names(cfg: ModelConfig) -> tuple[str, ...]:
 
 def select(cfg: ModelConfig, patterns: str | Sequence[str]) -> tuple[str, ...]:
     """The model's names that match, each once, in the model's order; patterns and errors as for `capture`."""
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
     known = names(cfg)
     chosen: set[str] = set()
-    for pattern in patterns:
+    for pattern in patterns if several else (patterns,):
+        if not isinstance(pattern, str):
+            raise InputError(f"names: expected a text or several, found {pattern!r}; analysis.names(cfg) lists all.")
         matches = {name for name in known if _matches(name, pattern)}
         if not matches:
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.0)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlm.analysis import _checks
 from jaxlm.errors import InputError
 
 _SPREAD = 1e-10  # of the jitter that separates equal points, relative to their standard deviation
@@ -43,9 +44,16 @@ class Probed(NamedTuple):
 def entropy(labels: ArrayLike) -> float:
     """Entropy of labels in nats: that of their frequencies, plus (kinds - 1) / 2N.
 
+    Args:
+        labels: whole numbers, truths or texts; of any shape.
+
+    Raises:
+        InputError: no label, or labels that are numbers with a fraction: each would be a kind of its own.
+
     Source: Miller (1955), Note on the bias of information estimates.
     """
-    counts = np.unique(np.asarray(labels).ravel(), return_counts=True)[1].astype(np.float64)
+    kinds = _checks.labels("labels", labels).ravel()
+    counts = np.unique(kinds, return_counts=True)[1].astype(np.float64)
     if not len(counts):
         raise InputError("labels: expected at least one, found none.")
     shares = counts / counts.sum()
@@ -53,9 +61,11 @@ def entropy(labels: ArrayLike) -> float:
 
 
 def discrete_information(x: ArrayLike, y: ArrayLike) -> float:
-    """I(x; y) = H(x) + H(y) - H(x, y) of two lists of labels, int[N] each."""
-    first, second = np.asarray(x).ravel(), np.asarray(y).ravel()
-    _same_length(first, second)
+    """I(x; y) = H(x) + H(y) - H(x, y) of two lists of labels, N each; labels and errors as for `entropy`."""
+    first, second = (
+        np.unique(_checks.labels(name, values).ravel(), return_inverse=True)[1] for name, values in (("x", x), ("y", y))
+    )
+    _checks.same_length(first, second)
     _, pairs = np.unique(np.stack([first, second]), axis=1, return_inverse=True)
     return entropy(first) + entropy(second) - entropy(pairs)
 
@@ -72,21 +82,26 @@ def neighbour_information(x: ArrayLike, y: ArrayLike, *, k: int = 3) -> float:
         k: neighbours: fewer give less bias and more noise.
 
     Raises:
-        InputError: values that are no finite numbers, lengths that differ, or not more than k points; with labels, no
-            label with more than k.
+        InputError: values that are no finite numbers, other shapes, lengths that differ, or not more than k points;
+            with labels, no label with more than k.
 
     Sources: Kraskov, Stoegbauer and Grassberger (arXiv cond-mat/0305641), eq. 8; for labels Ross (2014), Mutual
     information between discrete and continuous data sets, eq. 2.
     """
-    points, labels = _scaled(_numbers("x", x)), _numbers("y", y)
-    _same_length(points, labels)
+    points, labels = _samples("x", x), _samples("y", y)
+    _checks.same_length(points, labels)
     if k < 1 or len(points) <= k:
         raise InputError(f"k: must be at least 1 and below the number of points, {len(points)}, found {k}.")
     if labels.dtype.kind in "iub":
-        return _with_labels(points, labels, k)
+        if labels.ndim > 1:
+            raise InputError(
+                f"y: expected one label for each sample, found integers of shape {labels.shape}; numbers of several "
+                "columns are y.astype(float)."
+            )
+        return _with_labels(_scaled(points), labels, k)
     from scipy.special import digamma
 
-    other = _scaled(labels)
+    points, other = _scaled(points), _scaled(labels)
     radius = _kth_distance(np.concatenate([points, other], axis=1), k)
     near_x, near_y = _within(points, radius), _within(other, radius)
     return float(digamma(k) + digamma(len(points)) - (digamma(near_x) + digamma(near_y)).mean())
@@ -119,24 +134,29 @@ def probe_information(
 
     Args:
         activations: [N, D].
-        labels: int[N].
+        labels: N whole numbers, truths or texts.
         groups: int[N]; samples of one group (one text) are held out together, so that what neighbouring samples share
             is not counted as knowledge. By default every sample is its own group.
         seed: decides which groups are held out.
 
     Raises:
-        InputError: lengths that differ, fewer than 4 groups, or a single label.
+        InputError: activations of another shape or not finite, labels that are numbers with a fraction, lengths that
+            differ, fewer than 4 groups, or a single label.
 
     Sources: Barber and Agakov (2003), The IM algorithm; Xu et al., A theory of usable information (arXiv 2002.10689).
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    rows = np.asarray(activations, np.float32)
-    _, y = np.unique(np.asarray(labels).ravel(), return_inverse=True)
+    rows = _checks.numbers("activations", activations).astype(np.float32)
+    if rows.ndim != 2 or not rows.shape[1]:
+        raise InputError(
+            f"activations: expected [N, D], found shape {rows.shape}; one number a sample is activations[:, None]."
+        )
+    _, y = np.unique(_checks.labels("labels", labels).ravel(), return_inverse=True)
     owner = np.arange(len(rows)) if groups is None else np.asarray(groups).ravel()
-    _same_length(rows, y)
-    _same_length(rows, owner)
+    _checks.same_length(rows, y)
+    _checks.same_length(rows, owner)
     kinds, owners = int(y.max(initial=-1)) + 1, np.unique(owner)
     if kinds < 2 or len(owners) < 4:
         raise InputError(
@@ -181,7 +201,7 @@ def gaussian_pair(
     Source: Cover and Thomas, Elements of Information Theory, example 8.5.1.
     """
     for name, value, least in (("n", n, 1), ("nats", nats, 0), ("dims", dims, 1)):
-        _at_least(name, value, least)
+        _checks.at_least(name, value, least)
     r = math.sqrt(1.0 - math.exp(-2.0 * nats / dims))
     rng = np.random.default_rng(seed)
     x, noise = rng.normal(size=(2, n, dims))
@@ -203,7 +223,7 @@ def gaussian_classes(
         InputError: fewer than two classes, fewer than one sample or dimension, or a negative distance.
     """
     for name, value, least in (("n", n, 1), ("n_classes", n_classes, 2), ("distance", distance, 0), ("dims", dims, 1)):
-        _at_least(name, value, least)
+        _checks.at_least(name, value, least)
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(n_classes, dims))
     means *= distance / np.linalg.norm(means, axis=1, keepdims=True)
@@ -217,34 +237,16 @@ def gaussian_classes(
     return means[labels] + rng.normal(size=(n, dims)), labels, nats
 
 
-def _same_length(x: NDArray[np.generic], y: NDArray[np.generic]) -> None:
-    if len(x) != len(y) or not len(x):
-        raise InputError(f"samples: expected as many on both sides, and some, found {len(x)} and {len(y)}.")
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if not value >= least:  # so that NaN is refused too
-        raise InputError(f"{name}: must be at least {least}, found {value}.")
-
-
-def _numbers(name: str, values: ArrayLike) -> NDArray[Any]:
-    """An array of the type that the values have."""
-    try:
-        found = np.asarray(values)
-        bad = int((~np.isfinite(found)).sum())
-    except (TypeError, ValueError):  # texts, objects, rows of several lengths
-        raise InputError(f"{name}: expected an array of numbers, found others; give labels as integers.") from None
-    if bad:
-        raise InputError(
-            f"{name}: expected finite numbers, found NaN or infinity {bad} times; leave these samples out."
-        )
+def _samples(name: str, values: ArrayLike) -> NDArray[Any]:
+    found = _checks.numbers(name, values)
+    if found.ndim not in (1, 2) or not found.size:
+        raise InputError(f"{name}: expected [N] or [N, D] with at least one sample, found shape {found.shape}.")
     return found
 
 
-def _scaled(values: ArrayLike) -> NDArray[np.float64]:
+def _scaled(values: NDArray[Any]) -> NDArray[np.float64]:
     """[N, D] with unit deviations, and no two points alike."""
-    points = np.asarray(values, np.float64)
-    points = points.reshape(len(points), -1) if points.ndim else points.reshape(1, 1)
+    points = values.astype(np.float64).reshape(len(values), -1)
     spread = points.std(0)
     points = (points - points.mean(0)) / np.where(spread > 0, spread, 1.0)
     return points + _SPREAD * np.random.default_rng(0).normal(size=points.shape)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlm.analysis import _checks
 from jaxlm.analysis.capture import capture, select
 from jaxlm.analysis.information import probe_information
 from jaxlm.analysis.lens import LAYERS
@@ -40,8 +41,11 @@ def token_labels(tokens: ArrayLike, offsets: Mapping[str, int] | None = None) ->
         tokens: int[B, T].
         offsets: label's name -> how many places on, 0 the place itself, negative before it. By default the input
             token, 0, and the next one, 1.
+
+    Raises:
+        InputError: tokens of another shape or type.
     """
-    ids = np.asarray(tokens, np.int64)
+    ids = _checks.tokens(tokens, np.asarray).astype(np.int64)
     length = ids.shape[1]
     out: dict[str, NDArray[np.int64]] = {}
     for name, offset in (offsets or {"input": 0, "next": 1}).items():
@@ -73,7 +77,8 @@ def information_by_layer(
         cfg: the model.
         params: its parameters.
         tokens: int32[B, T]; at least 4 rows.
-        labels: name -> int[B, T], -1 where a place has no such label; by default those of `token_labels`.
+        labels: name -> [B, T], whole numbers, -1 where a place has no such label, or truths, or texts, "" where it has
+            none; by default those of `token_labels`.
         names: activations of shape [B, T, ...], as for `capture`; by default the residual stream.
         positions: as for `jaxlm.forward`.
         segment_ids: as for `jaxlm.forward`.
@@ -81,10 +86,16 @@ def information_by_layer(
         seed: decides which places are used, and which rows are held out.
 
     Raises:
-        InputError: an unknown name, an activation that is not by place, or labels of another shape.
+        InputError: an unknown name or none, an activation that is not by place or not finite, labels of another shape
+            or type or at no place, or what `capture` or `probe_information` refuses.
     """
-    ids = np.asarray(tokens, np.int32)
+    ids = _checks.tokens(tokens, np.asarray).astype(np.int32)
+    _checks.at_least("max_samples", max_samples, 1)
     wanted = select(cfg, names)
+    if not wanted:
+        raise InputError("names: expected at least one, found none; analysis.names(cfg) lists all.")
+    positions = _checks.by_token("positions", positions, ids.shape)
+    segment_ids = _checks.by_token("segment_ids", segment_ids, ids.shape)
     run = jax.jit(capture, static_argnames="names")
     seen = run(cfg, params, ids, names=wanted, positions=positions, segment_ids=segment_ids)
     activations = {name: np.asarray(seen[name].astype("float32")) for name in wanted}
@@ -94,14 +105,21 @@ def information_by_layer(
                 f"names: {name} has shape {value.shape}, which is not by row and place {ids.shape}; choose another, "
                 "such as blocks.*.out."
             )
+        if not np.isfinite(value).all():
+            raise InputError(
+                f"params: {name} has NaN or infinite numbers; look at earlier layers for where they begin."
+            )
     nats: dict[str, NDArray[np.float64]] = {}
     errors: dict[str, NDArray[np.float64]] = {}
     entropies: dict[str, float] = {}
     for kind, values in (token_labels(ids) if labels is None else labels).items():
-        label = np.asarray(values, np.int64)
+        label = _checks.labels(f"labels[{kind!r}]", values)
         if label.shape != ids.shape:
             raise InputError(f"labels[{kind!r}]: expected one for each token, shape {ids.shape}, found {label.shape}.")
-        places = np.flatnonzero(label >= 0)
+        has_one = label != "" if label.dtype.kind == "U" else label >= 0
+        places = np.flatnonzero(has_one)
+        if not len(places):
+            raise InputError(f"labels[{kind!r}]: expected a label at some place, found none; leave this kind out.")
         if len(places) > max_samples:
             places = np.sort(np.random.default_rng(seed).choice(places, max_samples, replace=False))
         rows, columns = np.unravel_index(places, ids.shape)

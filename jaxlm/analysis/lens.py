@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.analysis import _checks
 from jaxlm.analysis.capture import capture, select
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
@@ -68,10 +69,20 @@ def lens_summary(log_probs: jax.Array, targets: jax.Array, mask: jax.Array | Non
 
     Args:
         log_probs: [L + 1, B, T, V] from `logit_lens`.
-        targets: int32[B, T], the tokens that came next.
+        targets: int32[B, T], the tokens that came next; their values are data, so none is checked.
         mask: [B, T], 1 where the target counts; by default everywhere.
+
+    Raises:
+        InputError: shapes that do not go together, or targets that are no whole numbers; seen under `jit` while it
+            traces.
     """
-    weight = jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    log_probs = jnp.asarray(log_probs)
+    if log_probs.ndim != 4:
+        raise InputError(f"log_probs: expected [L + 1, B, T, V] from logit_lens, found shape {log_probs.shape}.")
+    targets = _checks.by_token("targets", targets, log_probs.shape[1:-1])
+    weight = jnp.ones(targets.shape, jnp.float32) if mask is None else jnp.asarray(mask, jnp.float32)
+    if weight.shape != targets.shape:
+        raise InputError(f"mask: expected one for each target, shape {targets.shape}, found {weight.shape}.")
     own = log_probs[-1]
 
     def mean(values: jax.Array) -> jax.Array:

@@ -39,8 +39,10 @@ def attention_maps(probs: ArrayLike, pieces: Sequence[str], *, title: str = "", 
         columns: heads side by side.
     """
     maps, texts = np.asarray(probs, np.float32), _labels(pieces)
-    if maps.ndim != 3 or maps.shape[1:] != (len(texts), len(texts)):
+    if maps.ndim != 3 or maps.shape[1:] != (len(texts), len(texts)) or not maps.size:
         raise InputError(f"probs: expected [heads, {len(texts)}, {len(texts)}] for the tokens, found {maps.shape}.")
+    if columns < 1:
+        raise InputError(f"columns: must be at least 1, found {columns}.")
     heads, t = maps.shape[:2]
     columns = min(columns, heads)
     rows = -(-heads // columns)
@@ -79,6 +81,7 @@ def scatter(projection: Projection, labels: Sequence[str], *, title: str = "") -
 
 def scatter_grid(projections: Mapping[str, Projection], labels: Sequence[str], *, title: str = "") -> Figure:
     """`scatter` for several activations side by side, under their names, with one legend."""
+    _some("projections", projections)
     with _figure(3.1 * len(projections) + 0.8, 3.1) as figure:
         for axes, (name, projection) in zip(
             figure.subplots(1, len(projections), squeeze=False)[0], projections.items(), strict=True
@@ -117,7 +120,7 @@ def lens_grid(log_probs: ArrayLike, pieces: Sequence[str], decode: Callable[[int
         title: over the figure.
     """
     values, texts = np.asarray(log_probs, np.float32), _labels(pieces)
-    if values.ndim != 3 or values.shape[1] != len(texts):
+    if values.ndim != 3 or values.shape[1] != len(texts) or not values.size:
         raise InputError(f"log_probs: expected [layers + 1, {len(texts)}, vocabulary], found {values.shape}.")
     layers, t = values.shape[:2]
     best, prob = values.argmax(-1), np.exp(values.max(-1))
@@ -141,7 +144,9 @@ def lens_grid(log_probs: ArrayLike, pieces: Sequence[str], decode: Callable[[int
 
 def lens_curves(summary: LensSummary) -> Figure:
     """How the prediction improves from the embedding to the last block."""
-    depth = np.arange(len(summary.nats))
+    depth = np.arange(np.size(summary.nats))
+    _check_series("summary", summary._asdict(), len(depth))
+    names = ("embed", *(f"blocks.{i}.out" for i in depth[:-1]))
     with _figure(6.6, 2.9) as figure:
         left, right = figure.subplots(1, 2)
         left.plot(depth, np.asarray(summary.nats), "o-", color=MAIN, label="loss on the next token")
@@ -153,7 +158,7 @@ def lens_curves(summary: LensSummary) -> Figure:
         right.set_ylabel("same first choice as the model (%)")
         right.set_ylim(0, 103)
         for axes in (left, right):
-            _depth_axis(axes, len(depth))
+            _depth_axis(axes, names)
     return figure
 
 
@@ -168,6 +173,10 @@ def information_curves(
         title: over the figure.
     """
     panels = {"": curves} if isinstance(curves, LayerInformation) else dict(curves)
+    _some("curves", panels)
+    for name, found in panels.items():
+        for part in (found.nats, found.standard_error):
+            _check_series(f"curves[{name!r}]" if name else "curves", part, len(found.names))
     with _figure(1.6 + 2.9 * len(panels), 3.2) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axes, (name, found) in zip(grid, panels.items(), strict=True):
@@ -180,7 +189,7 @@ def information_curves(
                 )  # fmt: skip
                 if ceilings:
                     axes.axhline(found.entropy[kind], color=color, linewidth=1, linestyle=":")
-            _depth_axis(axes, len(depth), found.names)
+            _depth_axis(axes, found.names)
             axes.set_title(name, fontsize=9)
         grid[0].set_ylabel("information (nats)")
         grid[0].set_ylim(bottom=min(0.0, grid[0].get_ylim()[0]))
@@ -194,6 +203,7 @@ def estimator_check(
 ) -> Figure:
     """Estimates of information against what is known, with a band of `band` of the truth around the diagonal."""
     x = np.asarray(truth, float)
+    _check_series("estimates", estimates, len(x))
     with _figure(5.4, 3.6) as figure:
         axes = figure.add_subplot()
         end = 1.05 * max(x.max(), *(max(values) for values in estimates.values()))
@@ -216,6 +226,7 @@ def estimator_check(
 def reliability_diagram(curves: Mapping[str, Calibration] | Calibration, *, title: str = "") -> Figure:
     """The share that came true against the probability given, and below how many predictions had which."""
     panels = {"": curves} if isinstance(curves, Calibration) else dict(curves)
+    _some("curves", panels)
     with _figure(0.9 + 2.6 * len(panels), 3.7) as figure:
         grid = figure.subplots(
             2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1), gridspec_kw={"hspace": 0.05}
@@ -253,10 +264,34 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _depth_axis(axes: Axes, places: int, names: Sequence[str] | None = None) -> None:
-    stream = names is None or names[0] == "embed"
-    axes.set_xticks(range(places), ["emb", *map(str, range(places - 1))] if stream else map(str, range(places)))
-    axes.set_xlabel("after block" if stream else "block")
+def _some(name: str, panels: Mapping[str, Any]) -> None:
+    if not panels:
+        raise InputError(f"{name}: expected at least one to draw, found none.")
+
+
+def _check_series(name: str, series: Mapping[str, Any], length: int) -> None:
+    """Curves that can be told apart, of `length` numbers each."""
+    if not 1 <= len(series) <= len(CATEGORIES):
+        raise InputError(
+            f"{name}: expected from 1 to {len(CATEGORIES)} curves, found {len(series)}; draw fewer at once."
+        )
+    for kind, values in series.items():
+        if not length or np.shape(values) != (length,):
+            raise InputError(
+                f"{name}: expected as many numbers in each curve as places along the axis, and some, found "
+                f"{np.shape(values)} in {kind!r} for {length} places."
+            )
+
+
+def _depth_axis(axes: Axes, names: Sequence[str]) -> None:
+    """A tick for each activation, by its block's number where that says all; `names` as of `analysis.names`."""
+    of_blocks = [name.split(".", 2) for name in names if name.startswith("blocks.")]
+    parts = {part for _, _, part in of_blocks}
+    short = {f"blocks.{i}.{part}": i if len(parts) == 1 else f"{i}.{part}" for _, i, part in of_blocks}
+    short["embed"] = "emb"
+    labels = [short.get(name, name) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=90 if any(len(label) > 3 for label in labels) else 0)
+    axes.set_xlabel("after block" if parts == {"out"} else "block" if len(parts) == 1 else "activation")
 
 
 def _labels(pieces: Sequence[str]) -> list[str]:

@@ -26,8 +26,15 @@ class Projection(NamedTuple):
     mean: NDArray[np.float64]
 
     def project(self, activations: ArrayLike) -> NDArray[np.float64]:
-        """Other activations [..., D] seen along the same directions, float64[N, C]."""
-        return (_rows(activations) - self.mean) @ self.components.T
+        """Other activations [..., D] seen along the same directions, float64[N, C].
+
+        Raises:
+            InputError: activations of another width, or a number that is not finite.
+        """
+        rows = _rows(activations)
+        if rows.shape[1] != len(self.mean):
+            raise InputError(f"activations: expected {len(self.mean)} numbers a point, found {rows.shape[1]}.")
+        return (rows - self.mean) @ self.components.T
 
 
 def pca(activations: ArrayLike, n_components: int = 2) -> Projection:
@@ -38,7 +45,8 @@ def pca(activations: ArrayLike, n_components: int = 2) -> Projection:
         n_components: C.
 
     Raises:
-        InputError: fewer points or dimensions than components, or a number that is not finite.
+        InputError: fewer points or dimensions than components, points that are all the same, or a number that is not
+            finite.
 
     Source: Pearson, On lines and planes of closest fit (1901).
     """
@@ -50,13 +58,19 @@ def pca(activations: ArrayLike, n_components: int = 2) -> Projection:
             f"n_components: must be between 1 and the smaller of points and dimensions, {min(rows.shape)}, found "
             f"{n_components}."
         )
+    if not np.ptp(rows, axis=0).any():
+        raise InputError(
+            f"activations: all {len(rows)} points are the same, so they differ in no direction; give others."
+        )
     fitted = PCA(n_components, svd_solver="full").fit(rows)
     return Projection(fitted.transform(rows), fitted.explained_variance_ratio_, fitted.components_, fitted.mean_)
 
 
 def _rows(activations: ArrayLike) -> NDArray[np.float64]:
     values = np.asarray(activations, np.float64)
-    rows = values.reshape(-1, values.shape[-1] if values.ndim else 1)
+    if not values.ndim or not values.size:
+        raise InputError(f"activations: expected [..., D] with at least one point, found shape {values.shape}.")
+    rows = values.reshape(-1, values.shape[-1])
     if not np.isfinite(rows).all():
         raise InputError(
             f"activations: found {int((~np.isfinite(rows)).sum())} numbers that are NaN or infinite; look at "

@@ -53,6 +53,13 @@ def test_logits_are_normalised_and_masked_places_do_not_count():
     assert found.predicted[0] == pytest.approx(1 / (1 + np.exp(-2)))
 
 
+@pytest.mark.parametrize("which", ["top", "all"])
+def test_a_masked_place_may_have_no_target(which):
+    logits = np.array([[3.0, 1.0], [0.0, 0.0]])
+    found = analysis.calibration(logits, [0, -1], which=which, mask=[1, 0])
+    np.testing.assert_array_equal(found.observed, analysis.calibration(logits[:1], [0], which=which).observed)
+
+
 def test_a_certain_prediction_is_in_the_last_bin():
     found = analysis.reliability([1.0, 1.0], [True, True])
     assert found.error == 0
@@ -69,6 +76,14 @@ def test_a_certain_prediction_is_in_the_last_bin():
             lambda: analysis.calibration(np.zeros((2, 4)), [1, 2], bins="x"),
             "bins: must be 'width' or 'mass', found 'x'",
         ),
+        (lambda: analysis.calibration(np.zeros((2, 4)), [1, 2], mask=[1]), r"mask: .* \(2,\), found \(1,\)"),
+        (lambda: analysis.calibration(np.zeros((2, 4)), [1.0, 2.0]), "targets: expected token ids, .* found float64"),
+        (lambda: analysis.calibration(np.zeros((2, 4)), [1, 4]), "targets: .* 0 to 3, found 1 others, the first 4"),
+        (
+            lambda: analysis.calibration(np.zeros((2, 4)), [-1, 1], which="all"),
+            "1 others, the first -1; .* mask=",
+        ),
+        (lambda: analysis.calibration(0.0, 0), r"targets: .* found \(\)"),
         (lambda: analysis.reliability([0.5], []), "found 1 and 0"),
         (lambda: analysis.reliability([1.5], [True]), "between 0 and 1"),
         (lambda: analysis.reliability([np.nan], [True]), "NaN"),

@@ -189,10 +189,47 @@ def test_an_unknown_name_is_an_error_that_lists_the_nearest(models, weights, tok
     assert "analysis.names(cfg)" in str(error.value)
 
 
-def test_tokens_that_are_no_batch(models, weights, tokens):
+ROWS = np.zeros((2, 6), int)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokens": ROWS[0]}, r"tokens: expected \[B, T\], found shape \(6,\)"),
+        ({"tokens": ROWS * 1.0}, "tokens: expected whole numbers, found float32"),
+        ({"tokens": [[1, 2], [3]]}, "tokens: expected an array of whole numbers, .* pad the rows"),
+        ({"tokens": "a text"}, "tokens: expected an array of whole numbers"),
+        ({"names": 3}, "names: expected a text or several, found 3"),
+        ({"names": ("embed", 3)}, "names: expected a text or several, found 3"),
+        ({"positions": ROWS[0]}, r"positions: .* shape \(2, 6\), found \(6,\)"),
+        ({"segment_ids": ROWS[:, 1:]}, r"segment_ids: .* shape \(2, 6\), found \(2, 5\)"),
+        ({"segment_ids": ROWS * 1.0}, "segment_ids: expected whole numbers, found float32"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(models, weights, given, message):
     cfg = models["gpt2"]
-    with pytest.raises(InputError, match=r"tokens: expected \[B, T\], found shape \(6,\)"):
-        analysis.capture(cfg, weights(cfg), tokens[0], "embed")
+    with pytest.raises(InputError, match=message):
+        analysis.capture(cfg, weights(cfg), **{"tokens": ROWS, "names": "embed", **given})
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("form", [lambda cfg, params: params, prepare])
+def test_parameters_of_another_configuration_are_refused(models, weights, form, traced):
+    """More layers than the configuration has would otherwise be left out without a word."""
+    cfg = models["gpt2"]
+    params = form(cfg, weights(cfg))
+    call = jax.eval_shape if traced else (lambda f, p: f(p))
+    for other in (cfg.replace(n_layers=1), cfg.replace(tie_embeddings=False)):
+        with pytest.raises(InputError, match=r"params: .*, but the configuration has"):
+            call(lambda p, other=other: analysis.capture(other, p, ROWS, "embed"), params)
+    found = jax.eval_shape(lambda p: analysis.capture(cfg, p, ROWS.tolist(), "embed"), params)
+    assert found["embed"].shape == (2, 6, 16)
+
+
+@pytest.mark.parametrize("params", [{}, None, {"blocks": ()}])
+def test_what_are_no_parameters_is_refused(models, params):
+    with pytest.raises(InputError, match=r"params: .* no such weight"):
+        analysis.capture(models["gpt2"], params, ROWS, "embed")
 
 
 def test_a_model_without_a_final_norm_says_so(models, weights, tokens):

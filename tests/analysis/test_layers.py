@@ -54,6 +54,46 @@ def test_activations_that_are_not_by_place_are_refused(models, weights, tokens):
         analysis.information_by_layer(models["gpt2"], weights(models["gpt2"]), tokens, names="blocks.0.attention.probs")
 
 
+def test_labels_may_be_texts(models, weights):
+    cfg = models["nano"]
+    tokens = np.random.default_rng(0).integers(0, 11, (40, 6))
+    odd = np.where(tokens == 3, -1, tokens % 2)
+    texts = np.array(["even", "odd", ""])[odd]  # -1, no label, reads the last
+    found = analysis.information_by_layer(
+        cfg, weights(cfg), tokens, labels={"number": odd, "text": texts}, names="embed"
+    )
+    assert found.nats["text"] == found.nats["number"]
+    assert found.entropy["text"] == found.entropy["number"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": {"kind": np.full((2, 6), 0.5)}}, r"labels\['kind'\]: expected whole .* found float64"),
+        ({"labels": {"kind": np.full((2, 6), -1)}}, r"labels\['kind'\]: expected a label at some place"),
+        ({"labels": {"kind": np.full((2, 6), "")}}, r"labels\['kind'\]: expected a label at some place"),
+        ({"max_samples": 0}, "max_samples: must be at least 1, found 0"),
+        ({"names": ()}, "names: expected at least one, found none"),
+        ({"positions": np.zeros(6, int)}, r"positions: .* shape \(2, 6\), found \(6,\)"),
+        ({"tokens": np.zeros((2, 6))}, "tokens: expected whole numbers, found float64"),
+        ({"broken": True}, "params: embed has NaN"),
+    ],
+)
+def test_questions_that_cannot_be_asked(models, weights, tokens, options, message):
+    params = weights(models["gpt2"])
+    options = dict(options)
+    if options.pop("broken", False):
+        params["embed"]["tokens"] = params["embed"]["tokens"] * np.nan
+    with pytest.raises(InputError, match=message):
+        analysis.information_by_layer(models["gpt2"], params, **{"tokens": tokens, "names": "embed", **options})
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 3], [[1, 2], [3]], [[0.5]]])
+def test_labels_of_no_batch_are_refused(tokens):
+    with pytest.raises(InputError, match="tokens: expected"):
+        analysis.token_labels(tokens)
+
+
 def test_labels_of_another_shape_are_refused(models, weights, tokens):
     with pytest.raises(InputError, match=r"labels\['kind'\].*\(2, 6\), found \(2, 5\)"):
         analysis.information_by_layer(

@@ -75,6 +75,21 @@ def test_the_summary_by_hand():
     np.testing.assert_allclose(masked.nats, [-math.log(0.9), -math.log(0.75)], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, t: analysis.lens_summary(x, t[:1]), r"targets: .* shape \(2, 3\), found \(1, 3\)"),
+        (lambda x, t: summary(x, t[:1]), r"targets: .* shape \(2, 3\), found \(1, 3\)"),
+        (lambda x, t: analysis.lens_summary(x, t, t[:, :1]), r"mask: .* shape \(2, 3\), found \(2, 1\)"),
+        (lambda x, t: analysis.lens_summary(x, t * 1.0), "targets: expected whole numbers, found float32"),
+        (lambda x, t: analysis.lens_summary(x[0], t), r"log_probs: expected .* found shape \(2, 3, 5\)"),
+    ],
+)
+def test_a_summary_of_what_does_not_fit(call, message):
+    with pytest.raises(InputError, match=message):
+        call(np.zeros((4, 2, 3, 5), np.float32), np.zeros((2, 3), int))
+
+
 def test_a_bigram_table_has_no_lens(weights, tokens):
     cfg = preset("bigram", vocab_size=11)
     with pytest.raises(InputError, match="no layers"):

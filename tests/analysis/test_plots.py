@@ -107,6 +107,61 @@ def test_information_curves_draw_each_label_and_its_ceiling():
     assert not any(set(np.asarray(line.get_ydata(), float)) == {2.3} for line in without.axes[0].get_lines())
 
 
+@pytest.mark.parametrize(
+    ("names", "labels", "axis"),
+    [
+        (("embed", "blocks.1.out", "blocks.3.out"), ["emb", "1", "3"], "after block"),
+        (("blocks.0.mlp.out", "blocks.2.mlp.out"), ["0", "2"], "block"),
+        (("embed", "blocks.1.mid", "blocks.1.out"), ["emb", "1.mid", "1.out"], "activation"),
+        (("blocks.1.out", "final_norm", "logits"), ["1", "final_norm", "logits"], "after block"),
+        (("logits",), ["logits"], "activation"),
+    ],
+)
+def test_the_axis_of_depth_says_which_activations(names, labels, axis):
+    values = np.arange(float(len(names)))
+    one = analysis.LayerInformation(names, {"input": values}, {"input": values}, {"input": 2.3})
+    axes = plots.information_curves(one).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == labels
+    assert axes.get_xlabel() == axis
+
+
+def layer_information(kinds, length=2):
+    series = {kind: np.zeros(length) for kind in kinds}
+    return analysis.LayerInformation(("embed", "blocks.0.out"), series, series, dict.fromkeys(kinds, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: plots.attention_maps(np.ones((1, 2, 2)), ["a", "b"], columns=0),
+            "columns: must be at least 1, found 0",
+        ),
+        (lambda: plots.attention_maps(np.ones((0, 2, 2)), ["a", "b"]), "probs: expected"),
+        (lambda: plots.lens_grid(np.ones((0, 2, 3)), ["a", "b"], str), "log_probs: expected"),
+        (lambda: plots.scatter_grid({}, []), "projections: expected at least one to draw"),
+        (lambda: plots.information_curves({}), "curves: expected at least one to draw"),
+        (lambda: plots.reliability_diagram({}), "curves: expected at least one to draw"),
+        (lambda: plots.information_curves(layer_information("abcdefghij")), "curves: expected from 1 to 9 .* found 10"),
+        (
+            lambda: plots.information_curves({"now": layer_information("a", 3)}),
+            r"curves\['now'\]: .* \(3,\) in 'a' for 2",
+        ),
+        (lambda: plots.estimator_check([1.0, 2.0], {}), "estimates: expected from 1 to 9 curves, found 0"),
+        (lambda: plots.estimator_check([1.0], {key: [1.0] for key in "abcdefghij"}), "estimates: .* found 10"),
+        (lambda: plots.estimator_check([1.0, 2.0], {"one": [1.0]}), r"estimates: .* \(1,\) in 'one' for 2 places"),
+        (lambda: plots.estimator_check([], {"one": []}), r"estimates: .* and some, found \(0,\) in 'one' for 0 places"),
+        (
+            lambda: plots.lens_curves(analysis.LensSummary(np.ones(2), np.ones(2), np.ones(3))),
+            r"summary: .* \(3,\) in 'divergence' for 2 places",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
 def test_the_estimator_check_has_a_band():
     figure = plots.estimator_check([1.0, 2.0], {"neighbours": [0.9, 1.7]}, band=0.1)
     drawn(figure)

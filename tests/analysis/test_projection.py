@@ -41,6 +41,20 @@ def test_components_that_cannot_be(points, n):
         analysis.pca(points, n)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda found: found.project(np.ones((3, 5))), "activations: expected 6 numbers a point, found 5"),
+        (lambda found: analysis.pca(np.full((4, 3), 0.1)), "activations: all 4 points are the same"),
+        (lambda found: analysis.pca(np.zeros((0, 3))), r"at least one point, found shape \(0, 3\)"),
+        (lambda found: analysis.pca(1.0), r"found shape \(\)"),
+    ],
+)
+def test_points_that_cannot_be_seen(points, call, message):
+    with pytest.raises(InputError, match=message):
+        call(analysis.pca(points))
+
+
 def test_a_nan_is_counted_and_named(points):
     bad = points.copy()
     bad[0, :2, 3] = np.nan
