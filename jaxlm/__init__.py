@@ -23,6 +23,7 @@ _HOME = {
     "save_hf": "jaxlm.interop",
     "load_gguf": "jaxlm.interop.gguf",
 }
+_STATIC = ("ModelConfig", "TrainConfig", "preset")  # what they give is static to jax's transformations
 _MODULES = (
     "analysis",
     "checkpoint",
@@ -46,6 +47,8 @@ __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _STATIC:
+        importlib.import_module("jaxlm._static")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in _MODULES:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from jaxlm.config import ModelConfig, RopeScaling, validated
+from jaxlm._frozen import validated
 from jaxlm.errors import InputError
+from jaxlm.model_config import ModelConfig, RopeScaling
 
 
 def _gpt2(n_layers: int, d_model: int, n_heads: int) -> dict[str, Any]:

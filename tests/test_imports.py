@@ -55,3 +55,10 @@ def test_public_name_resolves(name):
 def test_unknown_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         jaxlm.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("config", ["jaxlm.preset('nano')", "jaxlm.ModelConfig()", "jaxlm.TrainConfig()"])
+def test_a_configuration_is_no_leaf_before_any_model_is_loaded(config):
+    program = f"import jax, jaxlm; c = {config}; print(jax.tree.leaves(c), jax.jit(lambda c, x: x + 1)(c, 2))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "[] 3\n", done.stderr

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxlm._style import LIGHT, STYLE
 from jaxlm.analysis.calibration import Calibration
 from jaxlm.analysis.layers import LayerInformation
 from jaxlm.analysis.lens import LensSummary
 from jaxlm.analysis.projection import Projection
 from jaxlm.errors import InputError
-from jaxlm.evaluate.plots import _STYLE, LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,7 +259,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = _STYLE
+    style: dict[Any, Any] = STYLE
     with mpl.rc_context(style):
         yield Figure(figsize=(width, height), layout="constrained")
 

@@ -12,49 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm._style import LIGHT, STYLE
 from jaxlm.evaluate.accuracy import TypeAccuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# name -> (on a light page, on a dark page). The light ones are drawn and must all differ: `inline_svg` finds them.
-COLORS: dict[str, tuple[str, str]] = {
-    "paper": ("#fefefe", "#1b1f24"),
-    "ink": ("#1f2430", "#e4e7eb"),
-    "muted": ("#5d6675", "#9aa4b2"),
-    "grid": ("#e3e6ea", "#333a43"),
-    "train": ("#8fa8c8", "#57718f"),
-    "val": ("#1859b5", "#6cabff"),
-    "floor": ("#0f8a5f", "#3ecf97"),
-    "baseline": ("#c2570c", "#ff9d57"),
-    "before": ("#b9c0ca", "#5b6572"),
-    "after": ("#5b93e6", "#3f78cf"),
-}
-LIGHT = {name: light for name, (light, _) in COLORS.items()}
 MAX_POINTS = 400  # a longer training curve is averaged down to this
-
-_STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.edgecolor": LIGHT["muted"],
-    "axes.labelcolor": LIGHT["ink"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.facecolor": LIGHT["paper"],
-    "figure.facecolor": LIGHT["paper"],
-    "grid.color": LIGHT["grid"],
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.labelcolor": LIGHT["ink"],
-    "text.color": LIGHT["ink"],
-    "xtick.color": LIGHT["muted"],
-    "ytick.color": LIGHT["muted"],
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
-    "svg.hashsalt": "jaxlm",  # the same figure gives the same file
-}
 
 Record = Mapping[str, Any]
 
@@ -94,7 +59,7 @@ def accuracy_figure(table: Mapping[str, TypeAccuracy]) -> Figure | None:
         return None
     bars = [name for name in ("before", "after") if any(row[name] is not None for row in table.values())]
     strategies = sorted({name for row in table.values() for name in row["baselines"]})
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 1.3 + 0.6 * len(kinds)), layout="constrained")
         axes = figure.add_subplot()
         thickness = 0.36 if len(bars) == 2 else 0.5
@@ -161,7 +126,7 @@ def _curves(
     val = [(x, scale(y)) for x, y in _points(history, "val")]
     if not train and not val:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.7), layout="constrained")
         axes = figure.add_subplot()
         if train:
@@ -250,7 +215,7 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

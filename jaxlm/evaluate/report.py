@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from jaxlm._style import COLORS
 from jaxlm.errors import DiskError
 from jaxlm.evaluate import plots
 from jaxlm.evaluate.accuracy import TypeAccuracy, exact_match, normalize, wilson_interval
@@ -313,9 +314,7 @@ def _render(template: str, view: Mapping[str, Any], drawn: list[Figure]) -> str:
     pictures = {figure.name: figure for figure in drawn}
     if environment.autoescape:
         environment.globals["svg"] = lambda figure: Markup(plots.inline_svg(figure.picture, figure.name, figure.title))
-    return environment.get_template(template).render(
-        **view, figures=pictures, figures_dir=FIGURES_DIR, colors=plots.COLORS
-    )
+    return environment.get_template(template).render(**view, figures=pictures, figures_dir=FIGURES_DIR, colors=COLORS)
 
 
 def _excess(loss: float | None, floor: float | None) -> float | None:

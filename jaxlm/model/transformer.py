@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.config import ModelConfig, TrainConfig
+import jaxlm._static  # noqa: F401  # configurations are no leaves
+from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model.attention import cache_mask, training_mask
 from jaxlm.model.blocks import Block, Context, Norm, declared, dropout, product
@@ -30,11 +31,6 @@ from jaxlm.model.positions import rotary_tables
 Params = dict[str, Any]
 
 MIX_STD = 0.5  # of the initial gains of earlier tokens' embeddings, where the token's own gain is 1
-
-# Configurations travel through jit as part of the tree's structure, not as leaves. Registered here and not in
-# jaxlm.config, which must load no jax.
-for _static in (ModelConfig, TrainConfig):
-    jax.tree_util.register_static(_static)
 
 
 class _Ends(nn.Module):

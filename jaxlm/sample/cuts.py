@@ -97,10 +97,14 @@ def per_row(logits: jax.Array, *options: ArrayLike) -> Options:
     return Options(*(spread(*item) for item in zip(Options._fields, options, _TYPES, strict=True)))
 
 
-def as_rows(logits: jax.Array, option: Options) -> Rows:
-    """Flattens [..., V] to rows and applies the temperature."""
+def as_rows(logits: jax.Array, option: Options, u: tuple[jax.Array, ...] = ()) -> Rows:
+    """Flattens [..., V] to rows and applies the temperature. `u`, int32[B], is what the rows are to be joined with."""
     x = logits.astype(jnp.float32).reshape(-1, logits.shape[-1])
-    t, top_k, *shares = (jnp.asarray(o) for o in option)
+    given = [jnp.asarray(o) for o in option]
+    # Inside jax.shard_map, branches must agree in whether they differ between shards: all rows are made to differ if
+    # anything of them does. Outside, the compiler takes these choices away.
+    x = varying(x, x[:, 0], *given, *u)
+    t, top_k, *shares = (varying(o, x[:, 0]) for o in given)
     # NaN is looked for by name: at some shapes XLA's CPU backend lets it get lost in a maximum.
     entries = lax.stop_gradient(x)  # what is kept is a choice: gradients reach kept logits only
     largest, has_nan = exact.reduce(
@@ -114,6 +118,13 @@ def as_rows(logits: jax.Array, option: Options) -> Rows:
         bad |= jnp.isnan(share)
     largest = jnp.where(bad, jnp.nan, largest / divisor)
     return Rows(x, divisor, largest, greedy, top_k, *(jnp.clip(share, 0.0, 1.0) for share in shares))
+
+
+def varying(value: jax.Array, *like: jax.Array) -> jax.Array:
+    """`value`, [B, ...], as an array that may differ between shards where any of the others, [B], does."""
+    for other in like:
+        value = jnp.where((other != other).reshape(-1, *(1,) * (value.ndim - 1)), value, value)
+    return value
 
 
 def warmed(rows: Rows, x: jax.Array) -> jax.Array:
@@ -143,7 +154,7 @@ def first_largest(rows: Rows) -> jax.Array:
         places = jnp.where(rows.x == rows.largest[:, None], jnp.arange(vocab, dtype=jnp.int32), vocab)
         return jnp.minimum(places.min(-1), vocab - 1)
 
-    return lax.cond(rows.greedy.any(), find, lambda: jnp.zeros(batch, jnp.int32))
+    return lax.cond(rows.greedy.any(), find, lambda: varying(jnp.zeros(batch, jnp.int32), rows.largest))
 
 
 def keeps(rows: Rows, y: jax.Array, prob: jax.Array, cut: Cut) -> jax.Array:
@@ -155,7 +166,8 @@ def keeps(rows: Rows, y: jax.Array, prob: jax.Array, cut: Cut) -> jax.Array:
 def blocked(y: jax.Array) -> jax.Array:
     """[B, V] -> [B, N, block], padded with -inf."""
     block = min(exact.BLOCK, y.shape[1])
-    return jnp.pad(y, ((0, 0), (0, -y.shape[1] % block)), constant_values=-jnp.inf).reshape(y.shape[0], -1, block)
+    padded = jnp.pad(y, ((0, 0), (0, -y.shape[1] % block)), constant_values=-jnp.inf)
+    return padded.reshape(y.shape[0], padded.shape[1] // block, block)  # said, for B may be 0
 
 
 def search(rows: Rows, y: jax.Array, prob: jax.Array) -> Cut:
@@ -163,11 +175,11 @@ def search(rows: Rows, y: jax.Array, prob: jax.Array) -> Cut:
 
     Args:
         rows: the logits and options.
-        y: `blocked(warmed(rows, rows.x))`.
+        y: `blocked(warmed(rows, rows.largest))`.
         prob: float32, of y's shape: its relative probabilities.
     """
     key, most = exact.sortable(y), exact.sortable(rows.largest)
-    size, none = y.shape[1] * y.shape[2], jnp.zeros_like(most)
+    size, none = y.shape[1] * y.shape[2], varying(jnp.zeros_like(most), rows.largest)
     live = usable(rows) & ~rows.greedy
     by_k = live & (rows.top_k > 0) & (rows.top_k < rows.x.shape[1])
     by_p, by_typical = live & (rows.top_p < 1), live & (rows.typical_p < 1)
@@ -200,7 +212,7 @@ def search(rows: Rows, y: jax.Array, prob: jax.Array) -> Cut:
     # A loop over both stages, so that the search is compiled once; one that no row wants is left out.
     first, end = jnp.where(by_k.any(), 0, 1), jnp.where(by_p.any(), 2, 1)
     lowest = lax.fori_loop(first, end, stage, none + _KEEP_ALL)
-    off = jnp.zeros_like(rows.top_p), none + _REACH_ALL
+    off = varying(jnp.zeros_like(rows.top_p), rows.largest), none + _REACH_ALL
     return Cut(lowest, *lax.cond(by_typical.any(), typical, lambda: off))
 
 
@@ -242,11 +254,11 @@ def most_likely(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
 def look(rows: Rows, width: int) -> Window:
     """The window, or one that suffices for no row where some row's top-k is not below `width`."""
     batch, vocab = rows.x.shape
-    zeros, nobody = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
+    zeros, nobody = (varying(jnp.zeros(batch, t), rows.largest) for t in (jnp.int32, bool))
     if not width:
-        empty = jnp.zeros((batch, 0), jnp.float32)
+        empty = varying(jnp.zeros((batch, 0), jnp.float32), rows.largest)
         return Window(
-            empty, empty, empty.astype(jnp.int32), Cut(zeros, jnp.zeros(batch, jnp.float32), zeros), nobody
+            empty, empty, empty.astype(jnp.int32), Cut(zeros, zeros.astype(jnp.float32), zeros), nobody
         )  # fmt: skip
     exempt = ~usable(rows) | rows.greedy | (width == vocab)
     may_do = exempt | ((rows.top_k > 0) & (rows.top_k < width))
@@ -255,7 +267,7 @@ def look(rows: Rows, width: int) -> Window:
         return most_likely(rows.x, width)  # division by a temperature keeps the order, and may only add ties
 
     def nothing() -> tuple[jax.Array, ...]:
-        return jnp.zeros((batch, width), jnp.float32), jnp.zeros((batch, width), jnp.int32)
+        return tuple(varying(jnp.zeros((batch, width), t), rows.largest) for t in (jnp.float32, jnp.int32))
 
     x, token = lax.cond(may_do.all(), top, nothing)
     y = warmed(rows, x)
@@ -280,7 +292,7 @@ def look(rows: Rows, width: int) -> Window:
         heavy = exact.above(exact.sums_where(away[:, None, :] <= away[:, :, None], weight), limit)
         return mean, jnp.where(rows.typical_p < 1, jnp.where(heavy, away, _REACH_ALL).min(-1), _REACH_ALL)
 
-    off = jnp.zeros_like(rows.typical_p), zeros + _REACH_ALL
+    off = varying(jnp.zeros_like(rows.typical_p), rows.largest), zeros + _REACH_ALL
     return Window(y, prob, token, Cut(lowest, *lax.cond((rows.typical_p < 1).any(), typical, lambda: off)), suffices)
 
 

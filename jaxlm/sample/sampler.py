@@ -71,16 +71,17 @@ def draw_kept(keys: jax.Array, logits: jax.Array) -> jax.Array:
     Returns:
         int32[...]; -1 for a row without a distribution.
     """
-    rows = cuts.as_rows(logits, cuts.per_row(logits, 1.0, 0, 1.0, 0.0, 1.0))
+    u = _uniform(keys)
+    rows = cuts.as_rows(logits, cuts.per_row(logits, 1.0, 0, 1.0, 0.0, 1.0), u)
     y = cuts.blocked(rows.x)
-    token = _inverse_cdf(cuts.relative(y, rows.largest), _uniform(keys))
+    token = _inverse_cdf(cuts.relative(y, rows.largest), u)
     return jnp.where(cuts.usable(rows), token, -1).reshape(logits.shape[:-1])
 
 
 @partial(jax.jit, static_argnums=3)
 def _sample(keys: jax.Array, logits: jax.Array, option: Options, width: int) -> jax.Array:
-    rows = cuts.as_rows(logits, option)
     u = _uniform(keys)
+    rows = cuts.as_rows(logits, option, u)
     largest = cuts.first_largest(rows)
 
     def draw() -> jax.Array:

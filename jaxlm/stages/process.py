@@ -91,7 +91,7 @@ def execute(spec: Spec, run: StageRun) -> Manifest:
         if manifest is not None:
             return manifest
         for sentence in discard_damaged(spec.directory):
-            print(f"{sentence.rstrip('.')}; it is made again.", flush=True)
+            print(sentence, flush=True)
         (spec.directory / "manifest.json").unlink(missing_ok=True)  # what follows may change its outputs
         inputs = {name: _input(spec, name) for name in spec.inputs}
         _check_files(spec)

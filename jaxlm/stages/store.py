@@ -13,12 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jaxlm._digests import check as check_checkpoint
 from jaxlm._digests import digest_file
 from jaxlm._disk import disk_errors, sync_directory, write_atomic
 from jaxlm._json import read_json as read_json
 from jaxlm._sealed import read_sealed, write_sealed
+from jaxlm._steps import remove, step_folders
 from jaxlm.errors import InputError, JaxlmError
 from jaxlm.stages.spec import Manifest, Output, Spec
+
+CHECKPOINTS = "checkpoints"  # the folder of a stage that trains
 
 # Files of the frame itself, at the top of a stage's directory: no part of its result.
 FRAME_FILES = frozenset(
@@ -193,9 +197,9 @@ def damage(manifest: Manifest) -> list[str]:
 
 
 def discard_damaged(directory: Path) -> list[str]:
-    """Takes the damaged files of a finished result away, lest its stage goes on from one of them.
+    """Takes the damaged files of a finished result away, lest its stage goes on from one, or vouches for it anew.
 
-    Checkpoints stay: their own digests tell which of them are good.
+    A damaged checkpoint goes only where another is whole: the last evidence is never removed.
 
     Returns:
         One sentence for each file; none where nothing is damaged, or the stage has not finished yet.
@@ -205,15 +209,31 @@ def discard_damaged(directory: Path) -> list[str]:
     try:
         manifest = read_manifest(directory)
     except JaxlmError as error:
-        return [str(error)]
-    problems = []
-    for name, output in manifest.outputs.items():
-        problem = _damage(directory / name, output, trust_times=False)
-        if problem:
-            problems.append(problem)
-            if not name.startswith("checkpoints/"):
-                (directory / name).unlink(missing_ok=True)
-    return problems
+        return [f"{str(error).rstrip('.')}; it is made again."]
+    checked = {name: _damage(directory / name, output, trust_times=False) for name, output in manifest.outputs.items()}
+    damaged = {name: problem.rstrip(".") for name, problem in checked.items() if problem}
+    folders = step_folders(directory / CHECKPOINTS)
+    hit = {
+        step: folder
+        for step, folder in folders.items()
+        if any(name.startswith(f"{CHECKPOINTS}/{folder.name}/") for name in damaged)
+    }
+    others = {step: folder for step, folder in folders.items() if step not in hit}
+    whole = any(not isinstance(check_checkpoint(folder, step), list) for step, folder in others.items())
+    if whole:
+        for folder in hit.values():
+            remove(folder)
+    said = []
+    for name, problem in damaged.items():
+        what = "it is made again"
+        if name.startswith(f"{CHECKPOINTS}/"):
+            what = "this checkpoint is removed, another is whole" if whole else "no other checkpoint is whole"
+        else:
+            (directory / name).unlink(missing_ok=True)
+        if name == "metrics.jsonl":
+            what = "it is begun anew where training goes on, and what it held of earlier steps is lost"
+        said.append(f"{problem}; {what}.")
+    return said
 
 
 def digest(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxlm._digests import check, digest_file
+from jaxlm._digests import Damage, check, digest_file
 from jaxlm._sealed import read_sealed
 from jaxlm._steps import step_folders
 from jaxlm.errors import InputError, JaxlmError
@@ -66,7 +66,7 @@ def verify_imported(directory: Path) -> list[str]:
     for step, folder in sorted(step_folders(directory / "checkpoints").items()):
         saved = check(folder, step)
         if isinstance(saved, list):
-            problems += [f"{folder / damage.file}: {damage.problem}." for damage in saved]
+            problems += _sentences(folder, saved)
             continue
         for name, digest in saved.meta.get("files", {}).items():
             file = directory / name
@@ -84,7 +84,12 @@ def verify_stage(directory: Path) -> list[str]:
         One sentence for each file that is damaged, missing or foreign, and one when the stage has not finished.
     """
     if (directory / "manifest.json").is_file():
-        return store.verify(directory)
+        found = store.verify(directory)
+        # A checkpoint's own digests are older than the manifest, which might vouch for damage that came before it.
+        for step, folder in sorted(step_folders(directory / store.CHECKPOINTS).items()):
+            if not any(line.startswith(f"{folder}/") for line in found):
+                found += _of_checkpoint(folder, step)
+        return found
     problems = []
     try:
         store.read_spec(directory)
@@ -94,16 +99,24 @@ def verify_stage(directory: Path) -> list[str]:
         problems.append(str(error))
     whole = []
     for step, folder in sorted(step_folders(directory / "checkpoints").items()):
-        found = check(folder, step)
-        if isinstance(found, list):
-            problems += [f"{folder / damage.file}: {damage.problem}." for damage in found]
-        else:
+        found = _of_checkpoint(folder, step)
+        problems += found
+        if not found:
             whole.append(str(step))
     saved = f"; whole checkpoints: {', '.join(whole)}" if whole else ""
     return [
         *problems,
         f"{directory}: has not finished, or its manifest.json was removed{saved}; run the same command to continue.",
     ]
+
+
+def _of_checkpoint(folder: Path, step: int) -> list[str]:
+    found = check(folder, step)
+    return _sentences(folder, found) if isinstance(found, list) else []
+
+
+def _sentences(folder: Path, found: list[Damage]) -> list[str]:
+    return [f"{folder / damage.file}: {damage.problem}." for damage in found]
 
 
 def stages_in(place: Path) -> int:

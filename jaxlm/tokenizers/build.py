@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxlm.config import TokenizerConfig
+from jaxlm.data_config import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.tokenizers.base import EOT, Tokenizer
 from jaxlm.tokenizers.bpe import bpe

@@ -154,20 +154,24 @@ class HFTokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[templates.Message],
+        add_generation_prompt: bool = True,
         *,
-        add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
-        """The ids of a conversation as the model was trained to see it; arguments as `render_chat`."""
+        """The ids of a conversation as the model was trained to see it; arguments as `render_chat`.
+
+        By default they end where the model's answer begins; for a conversation that is to be learned from, or counted,
+        as it is, pass add_generation_prompt=False.
+        """
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
         return list(self.backend.encode(encodable(text), add_special_tokens=False).ids)
 
     def render_chat(
         self,
         messages: Sequence[templates.Message],
+        add_generation_prompt: bool = True,
         *,
-        add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:

@@ -94,6 +94,8 @@ def loss_and_grads(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[j
         loss, grads = jax.value_and_grad(loss_fn)(state.params, *item)
         return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], grads)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    # The loss differs between the shards of jax.shard_map where the batch does, and so must what it is added to.
+    nothing = (micros["tokens"].ravel()[0] * 0).astype(jnp.float32)
+    zero = (nothing, jax.tree.map(jnp.zeros_like, state.params))
     (loss, grads), _ = jax.lax.scan(accumulate, zero, (micros, jnp.arange(n)))
     return loss, grads, count

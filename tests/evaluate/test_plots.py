@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from jaxlm._style import LIGHT
 from jaxlm.evaluate import plots
 from jaxlm.evaluate.accuracy import by_type
 
@@ -138,7 +139,7 @@ def test_the_png_holds_a_picture(history: list[dict[str, Any]], tmp_path: Path) 
     pixels = imread(tmp_path / "loss.png")
     assert pixels.shape[1] == 810  # 5.4 inches at 150 dots
     for name in ("val", "floor"):  # the curve's own colour is there
-        color = np.array([int(plots.LIGHT[name][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        color = np.array([int(LIGHT[name][i : i + 2], 16) / 255 for i in (1, 3, 5)])
         assert (np.abs(pixels[..., :3] - color).max(axis=-1) < 0.02).sum() > 100
 
 
@@ -162,5 +163,5 @@ def test_the_inline_svg_is_well_formed_and_follows_the_page(history: list[dict[s
 
 
 def test_the_colours_can_be_told_apart() -> None:
-    light = list(plots.LIGHT.values())
+    light = list(LIGHT.values())
     assert len(set(light)) == len(light)

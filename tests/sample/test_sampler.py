@@ -175,3 +175,9 @@ def test_keys_must_match_the_rows():
     for keys in (jax.random.split(jax.random.key(0), 3), jax.random.key_data(jax.random.key(0))):
         with pytest.raises(InputError, match=r"expected typed keys of shape \(2,\)"):
             sample_token(keys, jnp.zeros((2, 4)))
+
+
+def test_a_batch_without_rows():
+    none = jnp.zeros((0, 50))
+    assert filter_logits(none, top_k=5, top_p=0.9).shape == (0, 50)
+    assert sample_token(jax.random.split(jax.random.key(0), 4)[:0], none, top_p=0.9).shape == (0,)

@@ -3,11 +3,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from datetime import UTC, datetime
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from jaxlm.checkpoint import Checkpointer
 from jaxlm.errors import InputError
-from jaxlm.stages import store
+from jaxlm.stages import store, verification
 from jaxlm.stages.process import execute
 from jaxlm.stages.spec import Manifest
 
@@ -147,6 +151,74 @@ def test_what_is_damaged_is_told_and_never_gone_on_from(finished, make_spec, cap
     execute(make_spec(), fake_stage.run)
     assert f"{manifest}: does not match its own digest, the file is damaged; remove it and" in capsys.readouterr().out
     assert store.verify(finished.directory) == []
+
+
+@pytest.fixture
+def trained(make_spec):
+    """A finished stage with the checkpoints 3 and 6; damage(step) flips a byte of one's data."""
+    import fake_stage
+
+    spec = make_spec()
+    store.write_spec(spec)
+    with Checkpointer(spec.directory / "checkpoints", keep_latest=2, asynchronous=False) as saver:
+        for step in (3, 6):
+            saver.save(step, {"state": {"x": np.full(8, step, np.float32)}}, meta={})
+    execute(spec, fake_stage.run)
+
+    def damage(step: int) -> Path:
+        folder = spec.directory / "checkpoints" / str(step)
+        file = max(folder.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        os.utime(file, ns=(1, 1))  # or else sizes and times are trusted
+        return file
+
+    return spec, damage
+
+
+def test_no_new_manifest_vouches_for_a_damaged_checkpoint(trained, make_spec, capsys):
+    import fake_stage
+
+    spec, damage = trained
+    file = damage(3)
+    manifest = execute(make_spec(), fake_stage.run)
+    said = capsys.readouterr().out
+    assert f"{file}: its SHA-256 is " in said
+    assert "; this checkpoint is removed, another is whole." in said
+    assert not (spec.directory / "checkpoints" / "3").exists()
+    assert any(name.startswith("checkpoints/6/") for name in manifest.outputs)
+    assert verification.verify_stage(spec.directory) == []
+
+
+def test_the_last_evidence_is_kept(trained):
+    spec, damage = trained
+    files = {damage(3), damage(6)}
+    said = store.discard_damaged(spec.directory)
+    assert len(said) == 2
+    assert all(line.endswith("; no other checkpoint is whole.") for line in said)
+    assert all(file.exists() for file in files)
+
+
+def test_damage_that_a_manifest_vouches_for_is_found(trained):
+    """As one written after the damage would: what each checkpoint says of itself is asked too."""
+    spec, damage = trained
+    file = damage(3)
+    old = store.read_manifest(spec.directory)
+    store.write_manifest(spec, old.results, seconds=1.0, started=datetime.now(UTC), environment={})
+    assert store.verify(spec.directory) == []
+    (found,) = verification.verify_stage(spec.directory)
+    assert found.startswith(f"{file}: ")
+
+
+def test_a_record_of_training_that_is_lost_is_said_to_be(finished, make_spec, capsys):
+    import fake_stage
+
+    file = finished.directory / "metrics.jsonl"
+    file.write_text(file.read_text().replace("3.0", "3.1"))
+    os.utime(file, ns=(1, 1))
+    execute(make_spec(), fake_stage.run)
+    assert "what it held of earlier steps is lost." in capsys.readouterr().out
 
 
 def test_a_failed_stage_has_no_manifest_not_even_its_old_one(finished, make_spec):

@@ -318,6 +318,14 @@ def test_a_chat_prompt(backends: dict[str, HFTokenizer]) -> None:
     assert ids == [tok.bos_id, *tok.encode("the"), tok.eot_id]
 
 
+def test_a_chat_prompt_is_open_for_the_answer_unless_told_otherwise(backends: dict[str, HFTokenizer]) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} a{% endif %}"
+    tok = HFTokenizer(backends["gpt2"].definition, chat_template=template)
+    talk = [{"role": "user", "content": "the"}]
+    assert tok.apply_chat_template(talk) == tok.apply_chat_template(talk, True) == tok.encode("the a")
+    assert tok.apply_chat_template(talk, add_generation_prompt=False) == tok.encode("the")
+
+
 def test_added_tokens_may_be_ordinary(make_backend: Callable[[str], Backend]) -> None:
     backend = make_backend("gpt2")
     backend.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
