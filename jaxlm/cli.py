@@ -77,6 +77,7 @@ def doctor() -> None:
     """Print what a bug report needs: devices, versions, caches, free disk."""
     import json
     import shutil
+    from importlib import metadata
 
     import jax
 
@@ -88,7 +89,9 @@ def doctor() -> None:
         "default backend": jax.default_backend(),
         "devices": [str(device) for device in jax.devices()],
         "cpu cores": cores(),
+        "prefect": metadata.version("prefect"),
         "download cache": str(default_cache_dir()),
+        "compiled programs": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "programs")),
         "mirrors": os.environ.get("JAXLM_MIRROR", ""),
         "free disk here, GB": round(shutil.disk_usage(".").free / 1e9, 1),
     }

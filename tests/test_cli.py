@@ -258,7 +258,8 @@ def test_doctor_tells_what_a_bug_report_needs(jaxlm):
     ended = jaxlm("doctor")
     assert ended.code == 0
     facts = json.loads(ended.out)
-    assert {"python", "libraries", "devices", "cpu cores", "download cache"} <= facts.keys()
+    assert {"python", "libraries", "devices", "cpu cores", "download cache", "compiled programs"} <= facts.keys()
+    assert facts["prefect"].count(".") >= 2
     assert facts["libraries"]["jax"]
 
 
