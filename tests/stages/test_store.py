@@ -289,13 +289,18 @@ def test_a_damaged_record_of_training_is_set_aside(finished, make_spec, capsys):
     """It cannot be made again: what one byte spoils may be all that is known of a long training."""
     import fake_stage
 
+    def train(spec, inputs):
+        return fake_stage.run(spec, inputs) | {"notes": ["its own"]}
+
     file = finished.directory / "metrics.jsonl"
     spoilt = file.read_text().replace("3.0", "3.1")
     file.write_text(spoilt)
     os.utime(file, ns=(1, 1))
-    execute(make_spec(), fake_stage.run)
-    aside = "it is set aside as metrics.jsonl.damaged.part, and begun anew where training goes on."
-    assert aside in capsys.readouterr().out
+    note, own = execute(make_spec(), train).results["notes"]
+    assert note.startswith("metrics.jsonl: its SHA-256 is ")
+    assert note.endswith("; it is set aside as metrics.jsonl.damaged.part, and begun anew where training goes on.")
+    assert own == "its own"
+    assert f"{finished.directory}/{note}\n" in capsys.readouterr().out
     assert (finished.directory / "metrics.jsonl.damaged.part").read_text() == spoilt
     assert store.verify(finished.directory) == []
 
