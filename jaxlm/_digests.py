@@ -19,6 +19,7 @@ from jaxlm.errors import InputError
 
 MANIFEST = "digests.json"
 SCHEMA = 1
+_UNREAD = "cannot be read"
 _READERS = 4  # sha256 runs outside the interpreter's lock at about the speed of one disk per thread
 
 
@@ -39,6 +40,11 @@ class Damage(NamedTuple):
     step: int
     file: str
     problem: str
+
+    @property
+    def unread(self) -> bool:
+        """The file is there and cannot be read now: it may be whole, and nothing may be removed for it."""
+        return self.problem.startswith(_UNREAD)
 
     def __str__(self) -> str:
         return f"step {self.step}: {self.file} {self.problem}"
@@ -114,7 +120,7 @@ def read_manifest(folder: Path, step: int) -> Manifest | Damage:
     except FileNotFoundError:
         return Damage(step, MANIFEST, "is missing")
     except OSError as error:
-        return Damage(step, MANIFEST, f"cannot be read ({error.strerror})")
+        return Damage(step, MANIFEST, f"{_UNREAD} ({error.strerror})")
     try:
         body = json.loads(raw)
         if _canonical({name: value for name, value in body.items() if name != "sha256"}) != raw:
@@ -160,8 +166,8 @@ def _problem(path: Path, size: int, digest: str | None) -> str | None:
         if found_size != size:
             return f"has {found_size:,} bytes, not the {size:,} that were saved"
         found_digest = digest if digest is None else digest_file(path)[1]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"{_UNREAD} ({error.strerror})"
     return None if found_digest == digest else f"has changed: its sha256 is {found_digest}, not {digest}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from datetime import date
-from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -34,8 +35,7 @@ class Frozen(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would read `seed: true` as 1."""
         if isinstance(value, bool) and info.field_name:
-            annotation = cls.model_fields[info.field_name].annotation
-            kinds = {annotation, *get_args(annotation)}
+            kinds = _alternatives(cls.model_fields[info.field_name].annotation)
             if kinds & {int, float} and bool not in kinds:
                 raise ValueError("expected a number")
         return value
@@ -58,6 +58,15 @@ class Frozen(BaseModel):
             value = getattr(self, name)
             out[name] = value.identity() if isinstance(value, Frozen) else _plain(value)
         return out
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    """The types that a value may have: those of a union at any depth, without what Annotated says of them."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for one in get_args(annotation) for kind in _alternatives(one)}
+    return {annotation}
 
 
 def _plain(value: Any) -> Any:

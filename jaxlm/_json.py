@@ -9,6 +9,11 @@ from typing import Any
 from jaxlm.errors import DiskError, InputError
 
 
+def unreadable(path: Path, error: OSError) -> DiskError:
+    """What is said of a file that is there and cannot be read: never that it is missing or damaged."""
+    return DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions.")
+
+
 def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
     """A JSON object.
 
@@ -28,7 +33,7 @@ def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({' '.join(str(error).split())}){ending}") from None
     except OSError as error:
-        raise DiskError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions.") from None
+        raise unreadable(path, error) from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}{ending}")
     return value

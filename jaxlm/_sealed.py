@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm._disk import disk_errors, write_atomic
-from jaxlm._json import read_json
+from jaxlm._json import read_json, unreadable
 from jaxlm.errors import InputError
 
 _FIRST, _LAST = "sealed", "sha256"  # two marks, so that damage to one of them is not taken for a file without a seal
@@ -44,8 +44,10 @@ def read_sealed(path: Path, *, hint: str = "") -> dict[str, Any]:
     body = {key: item for key, item in value.items() if key not in (_FIRST, _LAST)}
     try:
         whole = _sealed(body) == path.read_bytes()
-    except (OSError, ValueError):  # removed meanwhile, or a number that is not finite: nothing that we have written
+    except (FileNotFoundError, ValueError):  # removed meanwhile, or a number that is not finite: not what we write
         whole = False
+    except OSError as error:
+        raise unreadable(path, error) from None
     if not whole:
         ending = f"; {hint}." if hint else "."
         raise InputError(f"{path}: does not match its own digest, the file is damaged{ending}")

@@ -11,6 +11,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from jaxlm import __version__, cli_flows, cli_models, cli_playground, cli_runs
+from jaxlm._compiled import VARIABLE
 from jaxlm._memory import cores
 from jaxlm.errors import InputError, JaxlmError, Preempted
 
@@ -85,13 +86,14 @@ def doctor() -> None:
     from jaxlm.stages.provenance import environment
     from jaxlm.stages.runner import say
 
+    programs = f"kept by the playground alone, in {default_cache_dir() / 'programs'}"
     facts = environment() | {
         "default backend": jax.default_backend(),
         "devices": [str(device) for device in jax.devices()],
         "cpu cores": cores(),
         "prefect": metadata.version("prefect"),
         "download cache": str(default_cache_dir()),
-        "compiled programs": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "programs")),
+        "compiled programs": os.environ.get(VARIABLE) or programs,
         "mirrors": os.environ.get("JAXLM_MIRROR", ""),
         "free disk here, GB": round(shutil.disk_usage(".").free / 1e9, 1),
     }

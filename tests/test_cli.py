@@ -263,6 +263,15 @@ def test_doctor_tells_what_a_bug_report_needs(jaxlm):
     assert facts["libraries"]["jax"]
 
 
+@pytest.mark.parametrize("kept", [None, "", "/some/folder"])
+def test_doctor_tells_who_keeps_compiled_programs(jaxlm, monkeypatch, kept):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if kept is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", kept)
+    told = json.loads(jaxlm("doctor").out)["compiled programs"]
+    assert told == kept if kept else told.startswith("kept by the playground alone, in /")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -112,6 +112,12 @@ def test_a_key_that_is_not_text_is_refused(tmp_path):
         ({"train": {"log_every": 0}}, "train.log_every"),
         ({"seed": True}, "seed"),  # YAML's `yes`, too
         ({"train": {"learning_rate": True}}, "train.learning_rate"),
+        ({"sft": {"seq_len": True}}, "sft.seq_len"),  # of those that may be empty, too
+        ({"model": {"n_kv_heads": True}}, "model.n_kv_heads"),
+        ({"model": {"head_dim": True}}, "model.head_dim"),
+        ({"model": {"d_ff": True}}, "model.d_ff"),
+        ({"model": {"logit_softcap": True}}, "model.logit_softcap"),
+        ({"data": {"size": True}}, "data.size"),
         ({"train": {"beta2": 1.0}}, "train.beta2"),
         ({"train": {"final_lr_ratio": 1.1}}, "train.final_lr_ratio"),
         ({"train": {"optimizer": "sgd"}}, "train.optimizer"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from jaxlm._disk import write_atomic
 from jaxlm._sealed import read_sealed, write_sealed
-from jaxlm.errors import InputError
+from jaxlm.errors import DiskError, InputError
 
 VALUE = {"name": "naïve 数据", "numbers": [1, 2.5, 1e-300, None, True], "deep": {"b": {}, "a": "x"}}
 
@@ -34,6 +36,23 @@ def test_a_flipped_bit_in_any_byte_is_seen(tmp_path: Path) -> None:
         path.write_bytes(other)
         with pytest.raises(InputError, match=r"a\.json: .*; make it again\."):
             read_sealed(path, hint="make it again")
+
+
+def test_a_file_that_cannot_be_read_again_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever hears of damage may remove it. The first reading goes well, the one for the digest does not."""
+    write_sealed(tmp_path / "a.json", VALUE)
+    readings = iter([(tmp_path / "a.json").read_bytes()])
+
+    def read(path: Path) -> bytes:
+        for data in readings:
+            return data
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(DiskError, match=r"a\.json: cannot be read \(Stale file handle\); check the disk"):
+        read_sealed(tmp_path / "a.json")
 
 
 def test_a_file_from_before_there_were_seals_is_read(tmp_path: Path) -> None:

@@ -110,9 +110,17 @@ def labels(name: str, values: ArrayLike) -> NDArray[Any]:
     return found
 
 
-def same_length(x: NDArray[Any], y: NDArray[Any]) -> None:
+def same_length(one: str, x: NDArray[Any], other: str, y: NDArray[Any]) -> None:
     if len(x) != len(y) or not len(x):
-        raise InputError(f"samples: expected as many on both sides, and some, found {len(x)} and {len(y)}.")
+        raise InputError(f"{one} and {other}: expected as many of both, and some, found {len(x)} and {len(y)}.")
+
+
+def enough(name: str, kinds: int, groups: int) -> None:
+    """What a classifier of labels, judged on groups held out, can be fitted to."""
+    if kinds < 2 or groups < 4:
+        raise InputError(
+            f"{name}: expected at least 2 kinds in at least 4 groups, found {kinds} in {groups}; pass more."
+        )
 
 
 def at_least(name: str, value: float, least: int) -> None:

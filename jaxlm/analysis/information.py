@@ -65,7 +65,7 @@ def discrete_information(x: ArrayLike, y: ArrayLike) -> float:
     first, second = (
         np.unique(_checks.labels(name, values).ravel(), return_inverse=True)[1] for name, values in (("x", x), ("y", y))
     )
-    _checks.same_length(first, second)
+    _checks.same_length("x", first, "y", second)
     _, pairs = np.unique(np.stack([first, second]), axis=1, return_inverse=True)
     return entropy(first) + entropy(second) - entropy(pairs)
 
@@ -89,7 +89,7 @@ def neighbour_information(x: ArrayLike, y: ArrayLike, *, k: int = 3) -> float:
     information between discrete and continuous data sets, eq. 2.
     """
     points, labels = _samples("x", x), _samples("y", y)
-    _checks.same_length(points, labels)
+    _checks.same_length("x", points, "y", labels)
     if k < 1 or len(points) <= k:
         raise InputError(f"k: must be at least 1 and below the number of points, {len(points)}, found {k}.")
     if labels.dtype.kind in "iub":
@@ -155,13 +155,10 @@ def probe_information(
         )
     _, y = np.unique(_checks.labels("labels", labels).ravel(), return_inverse=True)
     owner = np.arange(len(rows)) if groups is None else np.asarray(groups).ravel()
-    _checks.same_length(rows, y)
-    _checks.same_length(rows, owner)
+    _checks.same_length("activations", rows, "labels", y)
+    _checks.same_length("activations", rows, "groups", owner)
     kinds, owners = int(y.max(initial=-1)) + 1, np.unique(owner)
-    if kinds < 2 or len(owners) < 4:
-        raise InputError(
-            f"labels: expected at least 2 kinds in at least 4 groups, found {kinds} in {len(owners)}; pass more."
-        )
+    _checks.enough("labels", kinds, len(owners))
     held_out = np.random.default_rng(seed).permutation(owners)[: len(owners) // 4]
     test = np.isin(owner, held_out)
     x_train, y_train, x_test, y_test = rows[~test], y[~test], rows[test], y[test]

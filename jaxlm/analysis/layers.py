@@ -123,10 +123,10 @@ def information_by_layer(
         if len(places) > max_samples:
             places = np.sort(np.random.default_rng(seed).choice(places, max_samples, replace=False))
         rows, columns = np.unravel_index(places, ids.shape)
+        chosen = label[rows, columns]
+        _checks.enough(f"labels[{kind!r}]", len(np.unique(chosen)), len(np.unique(rows)))
         found = [
-            probe_information(
-                value[rows, columns].reshape(len(places), -1), label[rows, columns], groups=rows, seed=seed
-            )
+            probe_information(value[rows, columns].reshape(len(places), -1), chosen, groups=rows, seed=seed)
             for value in activations.values()
         ]
         nats[kind] = np.array([one.nats for one in found])

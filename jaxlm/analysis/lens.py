@@ -21,7 +21,7 @@ class LensSummary(NamedTuple):
     """One number per place of the stream (L + 1: the embedding, then after each block).
 
     Attributes:
-        nats: float32[L + 1], mean negative log-probability of the targets.
+        nats: float32[L + 1], mean negative log-probability of the targets; NaN where one that counts is no token.
         agreement: float32[L + 1], share of tokens whose likeliest next token is the model's own.
         divergence: float32[L + 1], mean Kullback-Leibler divergence of the prediction from the model's own; nats.
     """
@@ -69,7 +69,8 @@ def lens_summary(log_probs: jax.Array, targets: jax.Array, mask: jax.Array | Non
 
     Args:
         log_probs: [L + 1, B, T, V] from `logit_lens`.
-        targets: int32[B, T], the tokens that came next; their values are data, so none is checked.
+        targets: int32[B, T], the tokens that came next, 0 to V - 1; where the mask is zero, anything, such as the -1
+            of `token_labels`. Their values are data, so that none can be refused: see `LensSummary.nats`.
         mask: [B, T], 1 where the target counts; by default everywhere.
 
     Raises:
@@ -86,11 +87,13 @@ def lens_summary(log_probs: jax.Array, targets: jax.Array, mask: jax.Array | Non
     own = log_probs[-1]
 
     def mean(values: jax.Array) -> jax.Array:
-        return (values * weight).sum((-2, -1)) / jnp.maximum(weight.sum(), 1.0)
+        return jnp.where(weight == 0, 0.0, values * weight).sum((-2, -1)) / jnp.maximum(weight.sum(), 1.0)
 
-    chosen = jnp.take_along_axis(log_probs, jnp.broadcast_to(targets[None, ..., None], (*log_probs.shape[:-1], 1)), -1)
+    token = (targets >= 0) & (targets < log_probs.shape[-1])
+    index = jnp.broadcast_to(jnp.where(token, targets, 0)[None, ..., None], (*log_probs.shape[:-1], 1))
+    chosen = jnp.take_along_axis(log_probs, index, -1)[..., 0]
     return LensSummary(
-        nats=-mean(chosen[..., 0]),
+        nats=-mean(jnp.where(token, chosen, jnp.nan)),
         agreement=mean((log_probs.argmax(-1) == own.argmax(-1)).astype(jnp.float32)),
         divergence=mean((jnp.exp(own) * (own - log_probs)).sum(-1)),
     )

@@ -175,7 +175,7 @@ def search(rows: Rows, y: jax.Array, prob: jax.Array) -> Cut:
 
     Args:
         rows: the logits and options.
-        y: `blocked(warmed(rows, rows.largest))`.
+        y: `blocked(warmed(rows, rows.x))`.
         prob: float32, of y's shape: its relative probabilities.
     """
     key, most = exact.sortable(y), exact.sortable(rows.largest)

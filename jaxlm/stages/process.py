@@ -90,7 +90,8 @@ def execute(spec: Spec, run: StageRun) -> Manifest:
         manifest, _ = check(spec)
         if manifest is not None:
             return manifest
-        for sentence in discard_damaged(spec.directory):
+        damaged = discard_damaged(spec.directory)
+        for sentence in damaged:
             print(sentence, flush=True)
         (spec.directory / "manifest.json").unlink(missing_ok=True)  # what follows may change its outputs
         inputs = {name: _input(spec, name) for name in spec.inputs}
@@ -98,6 +99,9 @@ def execute(spec: Spec, run: StageRun) -> Manifest:
         provenance.write(spec, inputs)
         started, clock = datetime.now(UTC), time.perf_counter()
         results = run(spec, inputs)
+        if "notes" in results:  # what a reader of the result must know, as a training has it
+            notes = [sentence.removeprefix(f"{spec.directory}{os.sep}") for sentence in damaged]
+            results = {**results, "notes": [*notes, *results["notes"]]}
         seconds = time.perf_counter() - clock
         return write_manifest(spec, results, seconds=seconds, started=started, environment=provenance.environment())
 

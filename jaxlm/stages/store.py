@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jaxlm._digests import Damage, digest_file
 from jaxlm._digests import check as check_checkpoint
-from jaxlm._digests import digest_file
 from jaxlm._disk import disk_errors, sync_directory, write_atomic
 from jaxlm._json import read_json as read_json
+from jaxlm._json import unreadable
 from jaxlm._sealed import read_sealed, write_sealed
 from jaxlm._steps import remove, step_folders
-from jaxlm.errors import InputError, JaxlmError
+from jaxlm.errors import DiskError, InputError, JaxlmError
+from jaxlm.metrics_log import FILE_NAME as RECORD
 from jaxlm.stages.spec import Manifest, Output, Spec
 
 CHECKPOINTS = "checkpoints"  # the folder of a stage that trains
@@ -141,12 +145,16 @@ def output_names(directory: Path) -> list[str]:
 
 
 def find(spec: Spec) -> Manifest | None:
-    """The finished result of `spec`, or None. See `check` for the reason."""
+    """The finished result of `spec`, or None. See `check` for the reason, and what it raises."""
     return check(spec)[0]
 
 
 def check(spec: Spec) -> tuple[Manifest | None, str]:
-    """The finished result of `spec`, or None and why it cannot be used."""
+    """The finished result of `spec`, or None and why it cannot be used.
+
+    Raises:
+        DiskError: a file is there and cannot be read: whether it is damaged is not known.
+    """
     if not (spec.directory / "manifest.json").is_file():
         return None, "not done yet"
     try:
@@ -166,13 +174,13 @@ def verify(directory: Path) -> list[str]:
     """Reads every file of a finished stage and compares digests.
 
     Returns:
-        One sentence for each damaged, missing or foreign file; empty when the result is whole.
+        One sentence for each file that is damaged, missing, foreign or cannot be read; empty when the result is whole.
     """
     try:
         manifest = read_manifest(directory)
     except JaxlmError as error:
         return [str(error)]
-    problems = damage(manifest)
+    problems = _misplaced(manifest) or _problems(manifest, _told)
     try:
         if read_spec(directory).id != manifest.id:
             problems.append(f"{directory / 'spec.json'}: is of another stage than the manifest beside it.")
@@ -187,53 +195,85 @@ def damage(manifest: Manifest) -> list[str]:
 
     Returns:
         One sentence for each file that is not what it should be.
+
+    Raises:
+        DiskError: a file is there and cannot be read.
     """
-    directory = manifest.directory
-    place = directory.resolve()
-    if place.parent.name == "store" and place.name != manifest.spec.name:
-        return [f"{directory / 'manifest.json'}: is of {manifest.spec.name}, not of this directory."]
-    problems = [_damage(directory / name, output, trust_times=False) for name, output in manifest.outputs.items()]
-    return [problem for problem in problems if problem]
+    return _misplaced(manifest) or _problems(manifest, _damage)
+
+
+def _misplaced(manifest: Manifest) -> list[str]:
+    place = manifest.directory.resolve()
+    if place.parent.name != "store" or place.name == manifest.spec.name:
+        return []
+    return [f"{manifest.directory / 'manifest.json'}: is of {manifest.spec.name}, not of this directory."]
+
+
+def _problems(manifest: Manifest, look: Callable[[Path, Output], str]) -> list[str]:
+    found = [look(manifest.directory / name, output) for name, output in manifest.outputs.items()]
+    return [problem for problem in found if problem]
 
 
 def discard_damaged(directory: Path) -> list[str]:
-    """Takes the damaged files of a finished result away, lest its stage goes on from one, or vouches for it anew.
+    """Takes damaged files away before a stage begins, lest it goes on from one, or a new manifest vouches for it.
 
-    A damaged checkpoint goes only where another is whole: the last evidence is never removed.
+    Checkpoints are judged by their own digests, which are older than any manifest, whether the stage has finished or
+    not; a damaged one goes only where another is whole: the last evidence is never removed.
 
     Returns:
-        One sentence for each file; none where nothing is damaged, or the stage has not finished yet.
+        One sentence for each damaged checkpoint or other file.
+
+    Raises:
+        DiskError: a file is there and cannot be read; nothing has been removed.
+        InputError: a checkpoint is of a later version, or a damaged file may not be removed.
     """
-    if not (directory / "manifest.json").is_file():
-        return []
+    checkpoints = directory / CHECKPOINTS
+    folders = step_folders(checkpoints)
+    damaged = {folder: found for step, folder in folders.items() if (found := _checkpoint_damage(folder, step))}
+    another = len(damaged) < len(folders)
+    what = "this checkpoint is removed, another is whole" if another else "no other checkpoint is whole"
+    said = [f"{folder / found.file}: {found.problem}; {what}." for folder, found in damaged.items()]
+    problems: dict[Path, str] = {}
     try:
-        manifest = read_manifest(directory)
-    except JaxlmError as error:
-        return [f"{str(error).rstrip('.')}; it is made again."]
-    checked = {name: _damage(directory / name, output, trust_times=False) for name, output in manifest.outputs.items()}
-    damaged = {name: problem.rstrip(".") for name, problem in checked.items() if problem}
-    folders = step_folders(directory / CHECKPOINTS)
-    hit = {
-        step: folder
-        for step, folder in folders.items()
-        if any(name.startswith(f"{CHECKPOINTS}/{folder.name}/") for name in damaged)
-    }
-    others = {step: folder for step, folder in folders.items() if step not in hit}
-    whole = any(not isinstance(check_checkpoint(folder, step), list) for step, folder in others.items())
-    if whole:
-        for folder in hit.values():
+        outputs = read_manifest(directory).outputs if (directory / "manifest.json").is_file() else {}
+    except InputError as error:
+        said.append(f"{str(error).rstrip('.')}; it is made again.")
+        outputs = {}
+    for file, output in ((directory / name, output) for name, output in outputs.items()):
+        if damaged.keys().isdisjoint(file.parents) and (problem := _damage(file, output)):
+            problems[file] = problem.rstrip(".")
+    with disk_errors("take away what is damaged", directory):
+        for folder in damaged if another else ():
             remove(folder)
-    said = []
-    for name, problem in damaged.items():
-        what = "it is made again"
-        if name.startswith(f"{CHECKPOINTS}/"):
-            what = "this checkpoint is removed, another is whole" if whole else "no other checkpoint is whole"
-        else:
-            (directory / name).unlink(missing_ok=True)
-        if name == "metrics.jsonl":
-            what = "it is begun anew where training goes on, and what it held of earlier steps is lost"
-        said.append(f"{problem}; {what}.")
+        for file, problem in problems.items():
+            of_checkpoint = checkpoints in file.parents
+            said.append(f"{problem}; {_BY_OWN_DIGESTS if of_checkpoint else _take_away(file)}.")
     return said
+
+
+_BY_OWN_DIGESTS = "training goes on from the newest checkpoint that is whole by its own digests"
+
+
+def _checkpoint_damage(folder: Path, step: int) -> Damage | None:
+    """The first file of a checkpoint that is not what was saved."""
+    found = check_checkpoint(folder, step)
+    if not isinstance(found, list):
+        return None
+    for one in found:
+        if one.unread:
+            raise DiskError(f"{folder / one.file}: {one.problem}; check the disk and the permissions.")
+    return found[0]
+
+
+def _take_away(file: Path) -> str:
+    """Removes a damaged file, or sets it aside where nothing makes it again. Returns what becomes of it, in words."""
+    if file.name == RECORD and file.exists():
+        aside = file.with_name(f"{RECORD}.damaged.part")
+        os.replace(file, aside)
+        return f"it is set aside as {aside.name}, and begun anew where training goes on"
+    with suppress(FileNotFoundError, NotADirectoryError):
+        file.unlink()
+    return "it is made again, from where training goes on" if file.name == RECORD else "it is made again"
 
 
 def digest(path: Path) -> str:
@@ -256,20 +296,31 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def _damage(file: Path, expected: Output, *, trust_times: bool) -> str:
-    """What is wrong with a file, in a sentence; empty when nothing is."""
+def _damage(file: Path, expected: Output, *, trust_times: bool = False) -> str:
+    """What is wrong with a file, in a sentence; empty when nothing is.
+
+    Raises:
+        DiskError: it is there and cannot be read, as on a file system whose server is away: that is no damage.
+    """
     try:
         found = file.stat()
-    except OSError:
-        return f"{file}: missing."
-    if found.st_size != expected["bytes"]:
-        return f"{file}: {found.st_size} bytes where the manifest says {expected['bytes']}."
-    if trust_times and found.st_mtime_ns == expected["mtime_ns"]:
-        return ""
-    try:
+        if found.st_size != expected["bytes"]:
+            return f"{file}: {found.st_size} bytes where the manifest says {expected['bytes']}."
+        if trust_times and found.st_mtime_ns == expected["mtime_ns"]:
+            return ""
         actual = digest_file(file)[1]
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{file}: missing."
     except OSError as error:
-        return f"{file}: cannot be read ({error.strerror})."
+        raise unreadable(file, error) from None
     if actual != expected["sha256"]:
         return f"{file}: its SHA-256 is {actual[:12]}… where the manifest says {expected['sha256'][:12]}…."
     return ""
+
+
+def _told(file: Path, expected: Output) -> str:
+    """As `_damage`, with a file that cannot be read told like the others."""
+    try:
+        return _damage(file, expected)
+    except DiskError as error:
+        return str(error)

@@ -88,7 +88,7 @@ def verify_stage(directory: Path) -> list[str]:
         # A checkpoint's own digests are older than the manifest, which might vouch for damage that came before it.
         for step, folder in sorted(step_folders(directory / store.CHECKPOINTS).items()):
             if not any(line.startswith(f"{folder}/") for line in found):
-                found += _of_checkpoint(folder, step)
+                found += _of_checkpoint(folder, step, f"; remove {folder} and run the stage again")
         return found
     problems = []
     try:
@@ -110,13 +110,15 @@ def verify_stage(directory: Path) -> list[str]:
     ]
 
 
-def _of_checkpoint(folder: Path, step: int) -> list[str]:
+def _of_checkpoint(folder: Path, step: int, then: str = "") -> list[str]:
     found = check(folder, step)
-    return _sentences(folder, found) if isinstance(found, list) else []
+    return _sentences(folder, found, then) if isinstance(found, list) else []
 
 
-def _sentences(folder: Path, found: list[Damage]) -> list[str]:
-    return [f"{folder / damage.file}: {damage.problem}." for damage in found]
+def _sentences(folder: Path, found: list[Damage], then: str = "") -> list[str]:
+    """`then` is what to do about damage; a file that cannot be read may be whole."""
+    unread = "; check the disk and the permissions"
+    return [f"{folder / one.file}: {one.problem}{unread if one.unread else then}." for one in found]
 
 
 def stages_in(place: Path) -> int:

@@ -177,6 +177,8 @@ class HFTokenizer:
     ) -> str:
         """The text of a conversation, by the model's own template; arguments as `chat_template.render`.
 
+        Other than there, add_generation_prompt is on by default: the text ends where the model's answer begins.
+
         Raises:
             InputError: the model has no template, or the template fails or refuses.
         """

@@ -184,8 +184,8 @@ def test_a_label_that_only_the_held_out_samples_have_costs_a_finite_amount():
     ("call", "message"),
     [
         (lambda: analysis.entropy([]), "at least one"),
-        (lambda: analysis.discrete_information([1, 2], [1]), "found 2 and 1"),
-        (lambda: analysis.neighbour_information(np.zeros(3), np.zeros(4)), "found 3 and 4"),
+        (lambda: analysis.discrete_information([1, 2], [1]), "x and y: .* found 2 and 1"),
+        (lambda: analysis.neighbour_information(np.zeros(3), np.zeros(4)), "x and y: .* found 3 and 4"),
         (lambda: analysis.neighbour_information(np.arange(3.0), np.arange(3.0), k=3), "below the number of points, 3"),
         (lambda: analysis.neighbour_information(np.arange(5.0), np.arange(5), k=2), "no label has more than 2 points"),
         (
@@ -202,8 +202,13 @@ def test_a_label_that_only_the_held_out_samples_have_costs_a_finite_amount():
         (lambda: analysis.gaussian_pair(-1, 1.0), "n: must be at least 1, found -1"),
         (lambda: analysis.gaussian_classes(100, 1, 1.0), "n_classes: must be at least 2, found 1"),
         (lambda: analysis.gaussian_classes(100, 2, math.nan), "distance: must be at least 0, found nan"),
-        (lambda: analysis.probe_information(np.ones((9, 2)), np.zeros(9, int)), "found 1 in 9"),
+        (lambda: analysis.probe_information(np.ones((9, 2)), np.zeros(9, int)), "labels: .* found 1 in 9"),
         (lambda: analysis.probe_information(np.ones((9, 2)), np.arange(9), groups=np.zeros(9)), "found 9 in 1"),
+        (lambda: analysis.probe_information(np.ones((9, 2)), np.arange(8)), "activations and labels: .* 9 and 8"),
+        (
+            lambda: analysis.probe_information(np.ones((9, 2)), np.arange(9), groups=np.arange(7)),
+            "activations and groups: .* found 9 and 7",
+        ),
         (lambda: analysis.entropy([0.1, 0.2]), "labels: expected whole .* found float64; .* neighbour_information"),
         (lambda: analysis.discrete_information([1, 2], [0.5, 1.0]), "y: expected whole .* neighbour_information"),
         (lambda: analysis.discrete_information([[1], [1, 2]], [1, 2]), "x: .* rows of several lengths"),

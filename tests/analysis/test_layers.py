@@ -72,6 +72,14 @@ def test_labels_may_be_texts(models, weights):
         ({"labels": {"kind": np.full((2, 6), 0.5)}}, r"labels\['kind'\]: expected whole .* found float64"),
         ({"labels": {"kind": np.full((2, 6), -1)}}, r"labels\['kind'\]: expected a label at some place"),
         ({"labels": {"kind": np.full((2, 6), "")}}, r"labels\['kind'\]: expected a label at some place"),
+        (
+            {
+                "tokens": np.arange(24).reshape(4, 6) % 11,
+                "labels": {"good": np.arange(24).reshape(4, 6) % 2, "constant": np.ones((4, 6), int)},
+            },
+            r"labels\['constant'\]: expected at least 2 kinds in at least 4 groups, found 1 in 4",
+        ),
+        ({"labels": {"kind": np.arange(12).reshape(2, 6)}}, r"labels\['kind'\]: .* found 12 in 2"),
         ({"max_samples": 0}, "max_samples: must be at least 1, found 0"),
         ({"names": ()}, "names: expected at least one, found none"),
         ({"positions": np.zeros(6, int)}, r"positions: .* shape \(2, 6\), found \(6,\)"),

@@ -75,6 +75,18 @@ def test_the_summary_by_hand():
     np.testing.assert_allclose(masked.nats, [-math.log(0.9), -math.log(0.75)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("none", [-1, 2, 7])
+def test_a_target_that_is_no_token_is_not_taken_for_one(none):
+    """The last place of a text has no next token: `token_labels` says -1 there, which would index the last one."""
+    probs = np.array([[[[0.5, 0.5], [0.9, 0.1]]], [[[0.2, 0.8], [0.75, 0.25]]]], np.float32)
+    targets = np.array([[1, none]])
+    found = summary(np.log(probs), targets)
+    assert np.isnan(found.nats).all()
+    np.testing.assert_allclose(found.agreement, [0.5, 1.0])  # of the predictions alone
+    masked = summary(np.log(probs), targets, np.array([[1, 0]]))
+    np.testing.assert_allclose(masked.nats, [-math.log(0.5), -math.log(0.8)], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.errors import InputError
+from jaxlm.errors import DiskError, InputError
 from jaxlm.stages import store, verification
 from jaxlm.stages.process import execute
 from jaxlm.stages.spec import Manifest
@@ -166,8 +169,8 @@ def trained(make_spec):
     execute(spec, fake_stage.run)
 
     def damage(step: int) -> Path:
-        folder = spec.directory / "checkpoints" / str(step)
-        file = max(folder.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+        arrays = (spec.directory / "checkpoints" / str(step) / "state").glob("**/d/*")
+        file = max(arrays, key=lambda path: path.stat().st_size)
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
@@ -184,7 +187,7 @@ def test_no_new_manifest_vouches_for_a_damaged_checkpoint(trained, make_spec, ca
     file = damage(3)
     manifest = execute(make_spec(), fake_stage.run)
     said = capsys.readouterr().out
-    assert f"{file}: its SHA-256 is " in said
+    assert f"{file}: has changed: its sha256 is " in said
     assert "; this checkpoint is removed, another is whole." in said
     assert not (spec.directory / "checkpoints" / "3").exists()
     assert any(name.startswith("checkpoints/6/") for name in manifest.outputs)
@@ -208,17 +211,98 @@ def test_damage_that_a_manifest_vouches_for_is_found(trained):
     store.write_manifest(spec, old.results, seconds=1.0, started=datetime.now(UTC), environment={})
     assert store.verify(spec.directory) == []
     (found,) = verification.verify_stage(spec.directory)
-    assert found.startswith(f"{file}: ")
+    assert found.startswith(f"{file}: has changed")
+    assert found.endswith(f"; remove {spec.directory / 'checkpoints' / '3'} and run the stage again.")
 
 
-def test_a_record_of_training_that_is_lost_is_said_to_be(finished, make_spec, capsys):
+@pytest.mark.parametrize("manifest", ["absent", "damaged", "vouches"])
+def test_a_damaged_checkpoint_goes_whatever_the_manifest_says(trained, make_spec, capsys, manifest):
     import fake_stage
 
-    file = finished.directory / "metrics.jsonl"
-    file.write_text(file.read_text().replace("3.0", "3.1"))
-    os.utime(file, ns=(1, 1))
+    spec, damage = trained
+    file, own = damage(3), spec.directory / "manifest.json"
+    if manifest == "absent":
+        own.unlink()
+    elif manifest == "damaged":
+        own.write_text(own.read_text().replace("finished", "finishes"))
+    else:
+        old = store.read_manifest(spec.directory)
+        store.write_manifest(spec, old.results, seconds=1.0, started=datetime.now(UTC), environment={})
+        (spec.directory / "deep" / "out.txt").unlink()  # or else there is nothing to do
     execute(make_spec(), fake_stage.run)
-    assert "what it held of earlier steps is lost." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{file}: has changed" in said
+    assert "; this checkpoint is removed, another is whole." in said
+    assert [path.name for path in (spec.directory / "checkpoints").glob("[0-9]*")] == ["6"]
+    assert verification.verify_stage(spec.directory) == []
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", ["deep/out.txt", "metrics.jsonl", "checkpoints/6"])
+def test_what_cannot_be_read_is_no_damage_and_stays(trained, make_spec, monkeypatch, number, name):
+    """A server that is away, say. Beside it is real damage, which must wait."""
+    import fake_stage
+
+    spec, damage = trained
+    damage(3)
+    victim = spec.directory / name
+    if victim.is_dir():
+        (spec.directory / "manifest.json").unlink()  # its own digests are asked then, too
+        victim = next(victim.glob("state/**/d/*"))
+    os.utime(victim, ns=(1, 1))
+    read = hashlib.file_digest
+
+    def fail(file, kind):
+        if Path(file.name) == victim:
+            raise OSError(number, os.strerror(number))
+        return read(file, kind)
+
+    before = {path: path.read_bytes() for path in spec.directory.rglob("*") if path.is_file() and path.name != ".lock"}
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", fail)
+        with pytest.raises(DiskError, match=f"{re.escape(str(victim))}: cannot be read .*; check the disk"):
+            execute(make_spec(), fake_stage.run)
+        told = [line for line in verification.verify_stage(spec.directory) if line.startswith(str(victim))]
+        assert [line.endswith("; check the disk and the permissions.") for line in told] == [True]
+    after = {path: path.read_bytes() for path in spec.directory.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+def test_a_file_whose_place_cannot_be_looked_at_is_not_called_missing(finished, monkeypatch):
+    victim, look = finished.directory / "deep" / "out.txt", Path.stat
+
+    def fail(path, **options):
+        if path == victim:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return look(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail)
+        with pytest.raises(DiskError, match=r"out\.txt: cannot be read \(Stale file handle\)"):
+            store.check(finished)
+        with pytest.raises(DiskError, match=r"out\.txt: cannot be read"):
+            store.discard_damaged(finished.directory)
+    assert victim.read_text() == "fake 0\n"
+
+
+def test_a_damaged_record_of_training_is_set_aside(finished, make_spec, capsys):
+    """It cannot be made again: what one byte spoils may be all that is known of a long training."""
+    import fake_stage
+
+    def train(spec, inputs):
+        return fake_stage.run(spec, inputs) | {"notes": ["its own"]}
+
+    file = finished.directory / "metrics.jsonl"
+    spoilt = file.read_text().replace("3.0", "3.1")
+    file.write_text(spoilt)
+    os.utime(file, ns=(1, 1))
+    note, own = execute(make_spec(), train).results["notes"]
+    assert note.startswith("metrics.jsonl: its SHA-256 is ")
+    assert note.endswith("; it is set aside as metrics.jsonl.damaged.part, and begun anew where training goes on.")
+    assert own == "its own"
+    assert f"{finished.directory}/{note}\n" in capsys.readouterr().out
+    assert (finished.directory / "metrics.jsonl.damaged.part").read_text() == spoilt
+    assert store.verify(finished.directory) == []
 
 
 def test_a_failed_stage_has_no_manifest_not_even_its_old_one(finished, make_spec):
