@@ -102,9 +102,10 @@ def beam_searches(
 ) -> list[list[Hypothesis]]:
     """The continuations with the highest scores that `n_beams` beams find, for each prompt.
 
-    With `n_beams` of at least V ** max_new_tokens nothing is ever cut, and the result is exact. Compiled once for each
-    pair of prompt bucket and new-token bucket (as `generate` has them), `slots`, `n_beams`, and power of two of stop
-    ids. At fixed `slots` and `n_beams` a prompt's result is the same with any neighbours.
+    With `n_beams` of at least V ** max_new_tokens nothing is ever cut, and the result is exact. Two programs are
+    compiled for each pair of prompt bucket and new-token bucket (as `generate` has them), `slots` and `n_beams`: one
+    takes in the prompts, one searches, which is compiled again for another power of two of stop ids. At fixed `slots`
+    and `n_beams` a prompt's result is the same with any neighbours.
 
     Args:
         cfg: the model.
