@@ -201,7 +201,7 @@ def serve(models: Mapping[str, Loaded], listener: socket.socket) -> None:
     server = uvicorn.Server(config)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Answers end after the token under way; asked a second time, nobody waits for them.
+        # Answers end after the step under way; asked a second time, nobody waits for them.
         server.force_exit = stopping.is_set()
         stopping.set()
         server.should_exit = True

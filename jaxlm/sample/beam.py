@@ -122,12 +122,13 @@ def beam_searches(
         slots: P, prompts that search together, with n_beams rows each; by default a power of two, at most 8, that holds
             all.
         overflow: as in `generate`, but for `slide`.
-        stopped: asked before the search and every eight tokens; True ends it with the hypotheses there are.
+        stopped: asked before each `slots` prompts are taken in, and before each eight tokens of theirs; True, which it
+            then has to stay, ends all searches with the hypotheses there are.
 
     Returns:
         For each prompt up to n_best hypotheses, best first: fewer where the vocabulary does not hold so many. A beam
         whose logits hold a NaN is dropped; when that leaves no hypothesis, there is one of no tokens with
-        finish_reason `error`. So there is when `stopped` ended the search before any.
+        finish_reason `error`. So there is for each prompt whose search was stopped before any, or never begun.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a request longer than the context, or an option out
@@ -157,6 +158,8 @@ def beam_searches(
     dparams = decoding.prepare(cfg, params)
     out: dict[int, list[Hypothesis]] = {}
     for group in asking.groups(cfg, requests, slots):
+        if stopped is not None and stopped():
+            break
         rows = np.full((slots, asking.width(cfg, group[0])), -1, np.int32)
         for row, request in zip(rows, group, strict=False):
             row[: len(request.prompt)] = request.prompt
@@ -166,7 +169,7 @@ def beam_searches(
             best = (place for place in range(n_best) if mine.score[place] > -math.inf)
             out[request.index] = [_read(mine, place, tokenizer) for place in best]
     nothing = Hypothesis([], None if tokenizer is None else "", -math.inf, -math.inf, "error")
-    return [out[i] or [nothing] for i in range(len(requests))]
+    return [out.get(i) or [nothing] for i in range(len(requests))]
 
 
 def _read(found: Ended, place: int, tokenizer: Decodes | None) -> Hypothesis:
