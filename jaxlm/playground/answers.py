@@ -7,6 +7,7 @@ whose result is then read through the same second program.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -214,6 +215,13 @@ def _in_turn(running: dict[str, Iterator[Event]]) -> Iterator[tuple[str, Event]]
                 del running[name]
             else:
                 yield name, event
+
+
+def failed(error: Exception) -> str:
+    """One sentence for a person, of an error that nobody foresaw, such as memory that ran out; the log has it whole."""
+    logging.getLogger(__name__).error("an answer failed", exc_info=error)
+    what = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]).rstrip(".")
+    return f"the answer failed ({what}); if memory ran out, use fewer beams or a shorter answer."
 
 
 def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable[[], bool]) -> Iterator[Event]:

@@ -161,6 +161,8 @@ async function generate(submitted) {
     else say(problem.message || "the playground has gone; is it still running?", true);
   } finally {
     running = null;
+    // An answer that was cut off says no longer what was under way.
+    for (const pane of panes) if (!pane.dataset.ended) pane.querySelector(".note").textContent = pane.dataset.note || "";
     $("go").disabled = false;
     $("stop").disabled = true;
   }
