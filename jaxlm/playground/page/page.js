@@ -72,7 +72,8 @@ function showUsed() {
 
 function asked() {
   const settings = { strategy: strategy(), chat: $("chat").checked };
-  for (const name of Object.keys(LABELS)) settings[name] = Number($(name).value);
+  // What cannot be edited is not sent: it may be empty, which nobody could mend.
+  for (const name of Object.keys(LABELS)) if (!$(name).disabled) settings[name] = Number($(name).value);
   const models = [$("model-a").value, $("model-b").value].filter((name) => name);
   return { prompt: $("prompt").value, models, settings };
 }
