@@ -7,6 +7,7 @@ whose result is then read through the same second program.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -123,7 +124,7 @@ def warm(model: Loaded) -> float:
     """Compiles what answers need; returns the seconds that it took."""
     start = time.perf_counter()
     ids = [0] * min(2, capacity(model.cfg) - 1)
-    for _ in _steps(model, ids, Settings(max_new_tokens=1), ()):
+    for _ in _steps(model, ids, Settings(max_new_tokens=1), (), lambda: False):
         pass
     return time.perf_counter() - start
 
@@ -167,7 +168,8 @@ def answer(
         model: from `jaxlm.loading.load_model`.
         prompt: a text to continue, or with `settings.chat` a question.
         settings: how; the defaults when empty.
-        stopped: asked before each token; True ends the answer there.
+        stopped: asked before each CHUNK of the prompt and before each token, and by a beam search as it says; True,
+            which it then has to stay, ends the answer there.
 
     Yields:
         Notes and Tokens, and one End.
@@ -215,6 +217,13 @@ def _in_turn(running: dict[str, Iterator[Event]]) -> Iterator[tuple[str, Event]]
                 yield name, event
 
 
+def failed(error: Exception) -> str:
+    """One sentence for a person, of an error that nobody foresaw, such as memory that ran out; the log has it whole."""
+    logging.getLogger(__name__).error("an answer failed", exc_info=error)
+    what = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]).rstrip(".")
+    return f"the answer failed ({what}); if memory ran out, use fewer beams or a shorter answer."
+
+
 def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable[[], bool]) -> Iterator[Event]:
     start = time.perf_counter()
     forced: tuple[int, ...] = ()
@@ -225,7 +234,7 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
             stop_ids=model.stop_ids, tokenizer=model.tokenizer, stopped=stopped,
         )[0]  # fmt: skip
         forced = tuple(best.tokens)
-        if not forced or stopped():
+        if not forced:
             yield End("stopped" if stopped() else "error", 0, math.nan, time.perf_counter() - start, math.nan)
             return
     untold: list[Told] = []
@@ -234,7 +243,10 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
 
     def new_ids() -> Iterator[int]:
         nonlocal reason
-        for told in _steps(model, ids, settings, forced):
+        for told in _steps(model, ids, settings, forced, stopped):
+            if told is None:
+                reason = "stopped"
+                return
             token = int(told.token)
             if token < 0:
                 reason = "error"
@@ -244,9 +256,6 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
                 reason = "stop"
                 return
             yield token
-            if stopped():
-                reason = "stopped"
-                return
         reason = "length"
 
     before = ids[-1]
@@ -273,12 +282,18 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
     yield End(reason, len(seen), first_s, time.perf_counter() - start, perplexity, rest)
 
 
-def _steps(model: Loaded, ids: list[int], settings: Settings, forced: tuple[int, ...]) -> Iterator[Told]:
-    """The figures of each new token, on the host: max_new_tokens of them, or the forced ones."""
+def _steps(
+    model: Loaded, ids: list[int], settings: Settings, forced: tuple[int, ...], stopped: Callable[[], bool]
+) -> Iterator[Told | None]:
+    """The figures of each new token, on the host: max_new_tokens of them, or the forced ones; None when stopped."""
     cfg, params = model.cfg, model.params
     cache = init_cache(cfg, 1, capacity(cfg), stacked=False)
     held = ids[:-1]
     for place in range(0, len(held), CHUNK):
+        jax.block_until_ready(cache)  # else all chunks would be on their way before anyone could stop them
+        if stopped():
+            yield None
+            return
         part = held[place : place + CHUNK]
         padded = np.zeros((1, CHUNK), np.int32)
         padded[0, : len(part)] = part
@@ -289,6 +304,9 @@ def _steps(model: Loaded, ids: list[int], settings: Settings, forced: tuple[int,
     n_rivals = min(N_RIVALS, cfg.vocab_size)
     last = np.int32(ids[-1])
     for i in range(len(forced) or settings.max_new_tokens):
+        if stopped():
+            yield None
+            return
         wanted = np.int32(forced[i] if forced else -1)
         cache, told = _next(cfg, params, cache, last, key, options, wanted, n_vocab, n_rivals=n_rivals)
         told = jax.device_get(told)

@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm._frozen import validated
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded
-from jaxlm.playground.answers import End, Note, can_chat, side_by_side
+from jaxlm.playground.answers import End, Note, can_chat, failed, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.markup import tokens_html
 from jaxlm.playground.settings import USED, Settings, controls
@@ -108,6 +108,8 @@ class Panel:
             self.status.value = ("stopped" if "stopped" in reasons else "done") + lasting
         except InputError as error:
             self.status.value = str(error)
+        except Exception as error:  # else the status would say for ever what was under way
+            self.status.value = failed(error)
         finally:
             self.go.disabled, self.stop.disabled = False, True
 

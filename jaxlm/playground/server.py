@@ -31,7 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from jaxlm._frozen import Frozen, validated
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded
-from jaxlm.playground.answers import Event, Note, can_chat, side_by_side
+from jaxlm.playground.answers import Event, Note, can_chat, failed, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.settings import USED, Settings, controls
 
@@ -64,7 +64,7 @@ def app(models: Mapping[str, Loaded], stopping: threading.Event | None = None) -
 
     GET /api/models tells the models' names and the controls. POST /api/answer takes `Asked` as JSON and gives a JSON
     object a line: {"pane", "event": "token" | "note" | "end", ...}, the panes in turn. What is wrong with a request is
-    {"error": sentence}, with status 400, or as a line where it shows later.
+    {"error": sentence}, with status 400, or as a line where it shows later; what fails here is told so too, with 500.
 
     Args:
         models: what can be asked, by the names to show.
@@ -93,6 +93,8 @@ def app(models: Mapping[str, Loaded], stopping: threading.Event | None = None) -
             lines = await run_in_threadpool(_start, models, asked, lambda: stopping.is_set() or gone.is_set())
         except InputError as error:
             return _wrong(str(error), 400)
+        except Exception as error:
+            return _wrong(failed(error), 500)
         return _Lines(lines, gone)
 
     return Starlette(
@@ -134,6 +136,8 @@ def _lines(events: Iterator[tuple[str, Event]]) -> Iterator[str]:
             yield _line({"pane": int(pane), **event_json(event)})
     except InputError as error:
         yield _line({"error": str(error)})
+    except Exception as error:  # the head has been sent: a line is all that the page can still be told by
+        yield _line({"error": failed(error)})
 
 
 def _line(value: dict[str, Any]) -> str:
@@ -201,7 +205,7 @@ def serve(models: Mapping[str, Loaded], listener: socket.socket) -> None:
     server = uvicorn.Server(config)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Answers end after the token under way; asked a second time, nobody waits for them.
+        # Answers end after the step under way; asked a second time, nobody waits for them.
         server.force_exit = stopping.is_set()
         stopping.set()
         server.should_exit = True

@@ -102,9 +102,10 @@ def beam_searches(
 ) -> list[list[Hypothesis]]:
     """The continuations with the highest scores that `n_beams` beams find, for each prompt.
 
-    With `n_beams` of at least V ** max_new_tokens nothing is ever cut, and the result is exact. Compiled once for each
-    pair of prompt bucket and new-token bucket (as `generate` has them), `slots`, `n_beams`, and power of two of stop
-    ids. At fixed `slots` and `n_beams` a prompt's result is the same with any neighbours.
+    With `n_beams` of at least V ** max_new_tokens nothing is ever cut, and the result is exact. Two programs are
+    compiled for each pair of prompt bucket and new-token bucket (as `generate` has them), `slots` and `n_beams`: one
+    takes in the prompts, one searches, which is compiled again for another power of two of stop ids. At fixed `slots`
+    and `n_beams` a prompt's result is the same with any neighbours.
 
     Args:
         cfg: the model.
@@ -121,12 +122,13 @@ def beam_searches(
         slots: P, prompts that search together, with n_beams rows each; by default a power of two, at most 8, that holds
             all.
         overflow: as in `generate`, but for `slide`.
-        stopped: asked before the search and every eight tokens; True ends it with the hypotheses there are.
+        stopped: asked before each `slots` prompts are taken in, and before each eight tokens of theirs; True, which it
+            then has to stay, ends all searches with the hypotheses there are.
 
     Returns:
         For each prompt up to n_best hypotheses, best first: fewer where the vocabulary does not hold so many. A beam
         whose logits hold a NaN is dropped; when that leaves no hypothesis, there is one of no tokens with
-        finish_reason `error`. So there is when `stopped` ended the search before any.
+        finish_reason `error`. So there is for each prompt whose search was stopped before any, or never begun.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a request longer than the context, or an option out
@@ -156,6 +158,8 @@ def beam_searches(
     dparams = decoding.prepare(cfg, params)
     out: dict[int, list[Hypothesis]] = {}
     for group in asking.groups(cfg, requests, slots):
+        if stopped is not None and stopped():
+            break
         rows = np.full((slots, asking.width(cfg, group[0])), -1, np.int32)
         for row, request in zip(rows, group, strict=False):
             row[: len(request.prompt)] = request.prompt
@@ -165,7 +169,7 @@ def beam_searches(
             best = (place for place in range(n_best) if mine.score[place] > -math.inf)
             out[request.index] = [_read(mine, place, tokenizer) for place in best]
     nothing = Hypothesis([], None if tokenizer is None else "", -math.inf, -math.inf, "error")
-    return [out[i] or [nothing] for i in range(len(requests))]
+    return [out.get(i) or [nothing] for i in range(len(requests))]
 
 
 def _read(found: Ended, place: int, tokenizer: Decodes | None) -> Hypothesis:

@@ -63,6 +63,16 @@ def loss_and_grads(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[j
 
     The mean is over all microbatches together, so that accumulation changes nothing but the memory in use. A batch
     without one valid token has loss 0 and zero gradients.
+
+    Inside `jax.shard_map` over rows, the batch is the shard's own. The loss and the count are its own too, while the
+    gradients by parameters that are the same on all N shards come out summed over them, as jax differentiates: N times
+    those of the whole batch, to be divided by N, as long as every shard has as many valid tokens. With a loss_mask
+    they may not, and then no mean of the shards' means is the batch's. Shards of any count are put together right by
+
+        own = state._replace(params=jax.lax.pcast(state.params, axis, to="varying"))  # gradients are the shard's own
+        loss, grads, count = loss_and_grads(cfg, own, batch)
+        total = jnp.maximum(jax.lax.psum(count, axis), 1)
+        loss, grads = jax.tree.map(lambda x: jax.lax.psum(x * count, axis) / total, (loss, grads))
     """
     valid = batch.get("loss_mask")
     count = jnp.asarray(batch["targets"].size, jnp.float32) if valid is None else valid.astype(jnp.float32).sum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,7 @@ def test_only_keys_or_only_options_are_sharded(mesh):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_model_and_loss_on_sharded_rows(mesh, accumulated):
-    cfg = preset("nano", vocab_size=31, n_layers=2, d_model=16, n_heads=2, max_seq_len=16)
+    cfg = preset("nano", vocab_size=31, n_layers=1, d_model=16, n_heads=2, max_seq_len=16, zero_init_head=False)
     tokens = np.arange(32, dtype=np.int32).reshape(4, 8) % 31
     params = init(cfg, jax.random.key(0))
     found = sharded(mesh, lambda p, t: apply(cfg, p, t), params, tokens, specs=(P(), ROWS))
@@ -72,9 +74,25 @@ def test_model_and_loss_on_sharded_rows(mesh, accumulated):
 
     train = TrainConfig(steps=5, batch_size=4, model=cfg, grad_accum_steps=accumulated)
     state, batch = init_state(train, 0), {"tokens": tokens, "targets": tokens}
+    state = state._replace(params=jax.tree.map(lambda x: 4 * x, state.params))  # else all tokens are equally likely
+    # 15 valid tokens in one shard, 3 in the other.
+    masked = batch | {"loss_mask": np.arange(8) < np.array([[8], [7], [1], [2]])}
 
-    def loss(state, batch):
-        return jax.lax.pmean(loss_and_grads(train, state, batch)[0], "b")
+    def together(state, batch):
+        own = state._replace(params=jax.lax.pcast(state.params, "b", to="varying"))
+        loss, grads, count = loss_and_grads(train, own, batch)
+        total = jnp.maximum(jax.lax.psum(count, "b"), 1)
+        whole = jax.tree.map(lambda x: jax.lax.psum(x * count, "b") / total, (loss, grads))
+        return whole, jax.lax.pmean(loss, "b")
 
-    found = sharded(mesh, loss, state, batch, specs=(P(), ROWS), out=P())
-    np.testing.assert_allclose(found, loss_and_grads(train, state, batch)[0], rtol=1e-5)
+    def both(state, batch, masked):
+        loss, grads, _ = loss_and_grads(train, state, batch)
+        return (jax.lax.pmean(loss, "b"), grads), *together(state, masked)
+
+    plain, right, wrong = sharded(mesh, both, state, batch, masked, specs=(P(), ROWS, ROWS), out=P())
+    unsharded = jax.jit(lambda batch: loss_and_grads(train, state, batch)[:2])
+    whole, whole_masked = unsharded(batch), unsharded(masked)
+    near = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6))
+    near(plain, (whole[0], jax.tree.map(lambda g: 2 * g, whole[1])))  # as many times too large as there are shards
+    near(right, whole_masked)
+    assert abs(wrong - whole_masked[0]) > 0.01  # the mean of the shards' means

@@ -17,7 +17,7 @@ from jaxlm.playground import answers
 from jaxlm.playground.answers import CHUNK, End, Note, answer, side_by_side, warm
 from jaxlm.playground.explain import Token
 from jaxlm.playground.settings import USED, Settings, controls
-from jaxlm.sample import Sampling, beam_search, generate
+from jaxlm.sample import Sampling, beam_loop, beam_search, generate
 
 QUICK_COMPILE = True
 LONG = "the quick brown fox jumps over the lazy dog."  # more than one chunk
@@ -188,10 +188,45 @@ def test_logits_that_leave_nothing_to_choose_end_the_answer(model, settings):
 
 
 def test_a_person_can_stop_it(table):
-    asked = iter([False, False, True])
+    asked = iter([False] * 4 + [True])  # the one chunk of the prompt, then each token
     settings = Settings(max_new_tokens=50, temperature=1.0, top_p=1.0)
     tokens, end = split(table, "a", settings, stopped=lambda: next(asked))
     assert (len(tokens), end.reason) == (3, "stopped")
+
+
+@pytest.fixture
+def work(monkeypatch) -> list[str]:
+    """What the device is given to do, in order."""
+    done: list[str] = []
+
+    def noted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: done.append(name) or real(*args, **kwargs))
+
+    for module, name in ((answers, "_take_in"), (answers, "_next"), (beam_loop, "begin"), (beam_loop, "go_on")):
+        noted(module, name)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed", "expected"),
+    [
+        (GREEDY, 0, []),
+        (GREEDY, 1, ["_take_in"]),  # the first of two chunks of one model's prompt
+        (GREEDY, 3, ["_take_in", "_take_in", "_next"]),
+        (BEAM, 0, []),
+        (BEAM, 1, ["begin"]),
+        (BEAM, 2, ["begin", "go_on"]),  # all of one model's search: nothing of it is told, and the other has none
+    ],
+)
+def test_once_it_is_stopped_neither_model_does_anything_more(model, work, settings, allowed, expected):
+    asked: list[bool] = []
+    both = {"one": model, "two": model}
+    prompt = LONG if settings is GREEDY else "ab"
+    events = list(side_by_side(both, prompt, settings, stopped=lambda: asked.append(True) or len(asked) > allowed))
+    assert work == expected
+    ends = {name: event.reason for name, event in events if isinstance(event, End)}
+    assert ends == {"one": "stopped", "two": "stopped"}
 
 
 def test_two_models_speak_in_turn(model, table):

@@ -18,7 +18,7 @@ import uvicorn
 
 from jaxlm import tokenizers
 from jaxlm.loading import Loaded
-from jaxlm.playground import Settings, answer, server, warm
+from jaxlm.playground import Settings, answer, answers, server, warm
 from jaxlm.playground.explain import Token
 
 pytestmark = pytest.mark.slow
@@ -182,6 +182,27 @@ def test_an_empty_number_is_not_sent(page):
     time.sleep(0.3)
     assert page.run("document.querySelectorAll('.pane').length") == 0
     assert page.run("document.getElementById('temperature').validity.valueMissing")
+
+
+def test_an_empty_number_that_cannot_be_edited_is_not_sent(page, model):
+    choose(page, "beam")
+    fill(page, beams="", **{"model-b": ""})
+    choose(page, "greedy")
+    page.point("#go", click=True)
+    done(page)
+    assert texts(page, 0) == said(model, "ab", Settings(strategy="greedy", max_new_tokens=6))
+
+
+def test_a_search_that_fails_is_told_and_is_under_way_no_more(page, monkeypatch):
+    def search(*args, **kwargs):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(answers, "beam_search", search)
+    choose(page, "beam")
+    page.point("#go", click=True)
+    page.wait("document.getElementById('status').classList.contains('wrong')")
+    assert "(MemoryError: no more); if memory ran out" in page.run("document.getElementById('status').textContent")
+    assert page.run("[...document.querySelectorAll('.pane .note')].map(note => note.textContent)") == ["", ""]
 
 
 def test_markup_from_a_model_stays_text(page):

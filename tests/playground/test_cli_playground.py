@@ -42,8 +42,12 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_and_leaves_nothing(letters_run: Any, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "settings"), [(signal.SIGINT, {"strategy": "sampling"}), (signal.SIGTERM, {"strategy": "beam"})]
+)
+def test_a_signal_ends_it_and_leaves_nothing(
+    letters_run: Any, tmp_path: Path, number: int, settings: dict[str, Any]
+) -> None:
     port = free_port()
     command = [sys.executable, "-c", PROGRAM, "playground", "letters", "--port", str(port), "--no-browser"]
     env = os.environ | {"JAXLM_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -66,9 +70,9 @@ def test_a_signal_ends_it_and_leaves_nothing(letters_run: Any, tmp_path: Path, n
                 break
             except httpx.ConnectError:
                 assert process.poll() is None
-        body = {"prompt": "the ", "models": ["letters"], "settings": {"max_new_tokens": 20}}
+        body = {"prompt": "the ", "models": ["letters"] * 2, "settings": settings | {"max_new_tokens": 20}}
         with httpx.stream("POST", f"{address}/api/answer", json=body, timeout=20) as response:
-            next(response.iter_lines())  # an answer is on its way
+            next(response.iter_lines())  # an answer, or a search, is on its way
             process.send_signal(number)
         said, _ = process.communicate(timeout=20)
     finally:

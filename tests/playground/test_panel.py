@@ -4,13 +4,14 @@ import re
 import sys
 import time
 
+import jax
 import pytest
 
 from jaxlm.errors import InputError
 
 widgets = pytest.importorskip("ipywidgets", reason="the panel needs the playground extra")
 
-from jaxlm.playground import Settings, answer  # noqa: E402
+from jaxlm.playground import Settings, answer, answers  # noqa: E402
 from jaxlm.playground.explain import Token  # noqa: E402
 from jaxlm.playground.panel import NONE, Panel  # noqa: E402
 from jaxlm.playground.settings import USED  # noqa: E402
@@ -112,6 +113,22 @@ def test_what_is_wrong_is_told_and_the_panel_goes_on(panel):
     assert "not among the tokenizer's" in panel.status.value
     assert not panel.go.disabled
     panel.prompt.value = "ab"
+    panel.generate()
+    assert panel.status.value == "done"
+
+
+def test_memory_that_runs_out_is_told_and_the_panel_goes_on(panel, monkeypatch):
+    def search(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore of it")
+
+    monkeypatch.setattr(answers, "beam_search", search)
+    panel.settings["strategy"].value = "beam"
+    panel.generate()
+    assert panel.status.value == (
+        "the answer failed (JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes); "
+        "if memory ran out, use fewer beams or a shorter answer."
+    )
+    panel.settings["strategy"].value = "greedy"
     panel.generate()
     assert panel.status.value == "done"
 

@@ -13,6 +13,7 @@ from jaxlm.errors import InputError
 pytest.importorskip("starlette", reason="the page needs the playground extra")
 
 import httpx
+import jax
 from starlette.testclient import TestClient
 
 from jaxlm.playground import Settings, answer, answers, server
@@ -100,6 +101,22 @@ def test_what_is_wrong_is_one_sentence(client, change, sentence):
     status, line = ask(client, **change)
     assert status == 400
     assert sentence in line["error"]
+
+
+def test_what_fails_is_one_sentence_and_the_server_goes_on(client, monkeypatch, caplog):
+    def search(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore of it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "beam_search", search)
+        status, note, line = ask(client, settings={"strategy": "beam", "max_new_tokens": 6})
+        assert (status, note["event"], list(line)) == (200, "note", ["error"])
+        assert "(JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes); if memory" in line["error"]
+        assert "more of it" in caplog.text  # with the traceback, for whoever mends it
+        patch.setattr(server, "side_by_side", lambda *args, **kwargs: {}["nothing"])
+        status, line = ask(client)
+        assert (status, line["error"].partition(";")[0]) == (500, "the answer failed (KeyError: 'nothing')")
+    assert ask(client)[-1]["event"] == "end"
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000])

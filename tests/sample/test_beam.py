@@ -14,7 +14,7 @@ import pytest
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import apply, init
-from jaxlm.sample import prepare
+from jaxlm.sample import beam_loop, prepare
 from jaxlm.sample.beam import Hypothesis, beam_search, beam_searches
 
 QUICK_COMPILE = True
@@ -182,17 +182,32 @@ def test_compilations_are_bounded(model, compiled):
 
 
 def test_a_search_can_be_stopped(model):
-    """Asked before each block of eight tokens: what had ended by then is what there is."""
+    """Asked before the prompt and each block of eight tokens: what had ended by then is what there is."""
     run = partial(beam_search, model.cfg, prepare(model.cfg, model.params), PROMPT, n_beams=3, max_new_tokens=20)
     (whole,) = run()
     asked = []
     assert run(stopped=lambda: bool(asked.append(1))) == [whole]
-    assert len(asked) == 3
+    assert len(asked) == 1 + 3
     (none,) = run(stopped=lambda: True)
     assert (none.tokens, none.finish_reason) == ([], "error")
-    early = run(stopped=iter([False, True]).__next__, stop_ids=tuple(range(6)), n_best=3, length_penalty=-1.0)
+    early = run(stopped=iter([False, False, True]).__next__, stop_ids=tuple(range(6)), n_best=3, length_penalty=-1.0)
     assert early
     assert all(len(h.tokens) <= 8 and h.finish_reason == "stop" for h in early)
+
+
+def test_a_stopped_search_takes_in_no_more_prompts(model, monkeypatch):
+    begun = []
+    real = beam_loop.begin
+    monkeypatch.setattr(beam_loop, "begin", lambda *args, **kwargs: begun.append(1) or real(*args, **kwargs))
+    params = prepare(model.cfg, model.params)
+    options = {"slots": SLOTS, "n_beams": 4, "max_new_tokens": 7, "stop_ids": STOPS[0]}
+    whole = beam_searches(model.cfg, params, RAGGED, **options)
+    assert len(begun) == 2
+    asked = iter([False, False, True])  # the first four prompts, their one block, the other two prompts
+    found = beam_searches(model.cfg, params, RAGGED, **options, stopped=lambda: next(asked))
+    assert found[:4] == whole[:4]
+    assert found[4:] == [[Hypothesis([], None, -math.inf, -math.inf, "error")]] * 2
+    assert len(begun) == 2 + 1
 
 
 def test_a_nan_drops_its_beam_and_a_prompt_of_nan_is_an_error():

@@ -72,7 +72,8 @@ function showUsed() {
 
 function asked() {
   const settings = { strategy: strategy(), chat: $("chat").checked };
-  for (const name of Object.keys(LABELS)) settings[name] = Number($(name).value);
+  // What cannot be edited is not sent: it may be empty, which nobody could mend.
+  for (const name of Object.keys(LABELS)) if (!$(name).disabled) settings[name] = Number($(name).value);
   const models = [$("model-a").value, $("model-b").value].filter((name) => name);
   return { prompt: $("prompt").value, models, settings };
 }
@@ -161,6 +162,8 @@ async function generate(submitted) {
     else say(problem.message || "the playground has gone; is it still running?", true);
   } finally {
     running = null;
+    // An answer that was cut off says no longer what was under way.
+    for (const pane of panes) if (!pane.dataset.ended) pane.querySelector(".note").textContent = pane.dataset.note || "";
     $("go").disabled = false;
     $("stop").disabled = true;
   }
