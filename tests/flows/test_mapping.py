@@ -153,7 +153,12 @@ def test_a_flow_maps_the_shards_over_a_task_runner(stages, runner, prefect_home,
     checkout = Path(__file__).parent.parent.parent
     done = subprocess.run(
         [sys.executable, tmp_path / "map.py", tmp_path / "mapped.yaml", tmp_path / "mapped", runner, *OVERRIDES],
-        env={**clean, "PREFECT_HOME": str(prefect_home), "PYTHONPATH": str(checkout)},
+        env={
+            **clean,
+            "PREFECT_HOME": str(prefect_home),
+            "PYTHONPATH": str(checkout),
+            "DASK_TEMPORARY_DIRECTORY": str(tmp_path),
+        },
         cwd=checkout, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -18,10 +18,13 @@ _REASON = "a comparison with a peer; install the extra: pip install -e '.[parity
 
 
 @pytest.fixture(scope="session")
-def torch() -> Any:
-    torch = pytest.importorskip("torch", reason=_REASON)
-    torch.set_num_threads(1)
-    return torch
+def torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Else its compiler makes a folder in /tmp, which stays.
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("torch")))
+        torch = pytest.importorskip("torch", reason=_REASON)
+        torch.set_num_threads(1)
+        yield torch
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,19 +103,20 @@ class Page:
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Page]]:
+def browser() -> Iterator[Callable[[], Page]]:
     """browser() opens a new empty page."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("websockets", reason="the browser is driven through websockets")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("there is no Chromium here: apt-get install chromium")
-    profile = tmp_path_factory.mktemp("browser")
+    # Its sockets lie in TMPDIR, and outlive it where it is ended; their addresses must be shorter than pytest's paths.
+    profile = Path(tempfile.mkdtemp(prefix="browser-"))
     quiet = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync", "disable-gpu")
     process = subprocess.Popen(
         [program, "--headless=new", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}",
          "--window-size=1200,900", *(f"--{name}" for name in quiet), "about:blank"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(profile)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     pages: list[Page] = []
     try:
@@ -130,6 +133,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], P
             page.close()
         process.terminate()
         process.wait(20)
+        shutil.rmtree(profile, ignore_errors=True)
 
 
 def _port(file: Path, process: subprocess.Popen[bytes]) -> int:
