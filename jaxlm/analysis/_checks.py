@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -33,6 +34,23 @@ def by_token(name: str, values: Any, shape: tuple[int, ...]) -> Any:
     if found.shape != shape:
         raise InputError(f"{name}: expected one for each token, shape {shape}, found {found.shape}.")
     return found
+
+
+def in_vocabulary(cfg: ModelConfig, values: Any) -> None:
+    """Tokens that the model has; of a tracer nothing is known."""
+    if isinstance(values, jax.core.Tracer) or not values.size:
+        return
+    ids = np.asarray(values)
+    if (wrong := ids[(ids < 0) | (ids >= cfg.vocab_size)]).size:
+        raise InputError(
+            f"tokens: id {wrong[0]} is outside the vocabulary of {cfg.vocab_size} tokens; encode the text with the "
+            "model's own tokenizer."
+        )
+
+
+def config(cfg: Any) -> None:
+    if not isinstance(cfg, ModelConfig):
+        raise InputError(f"cfg: expected a ModelConfig, found {cfg!r}; jaxlm.preset(name) makes one.")
 
 
 def _whole_numbers(name: str, values: Any, convert: Callable[[Any], Any]) -> Any:
@@ -80,17 +98,23 @@ def _sizes(cfg: ModelConfig, form: Literal["stacked", "unstacked", "prepared"]) 
 
 def numbers(name: str, values: ArrayLike) -> NDArray[Any]:
     """A numpy array of finite numbers, of the type that the values have."""
-    try:
-        found = np.asarray(values)
-        bad = int((~np.isfinite(found)).sum())
-        if found.dtype.kind in "cmM":  # complex numbers, times
-            raise TypeError
-    except (TypeError, ValueError):  # texts, objects, rows of several lengths
-        raise InputError(f"{name}: expected an array of numbers, found others; give labels as integers.") from None
-    if bad:
+    found = real(name, values, hint="give labels as integers")
+    if bad := int((~np.isfinite(found)).sum()):
         raise InputError(
             f"{name}: expected finite numbers, found NaN or infinity {bad} times; leave these samples out."
         )
+    return found
+
+
+def real(name: str, values: ArrayLike, *, hint: str = "pad or cut rows of several lengths") -> NDArray[Any]:
+    """A numpy array of real numbers, of the type that the values have; they may be NaN or infinite."""
+    try:
+        found = np.asarray(values)
+        np.isfinite(found)  # jax's small types are numbers too, which their kind does not tell
+        if found.dtype.kind in "cmM":  # complex numbers, times
+            raise TypeError
+    except (TypeError, ValueError):  # texts, objects, rows of several lengths
+        raise InputError(f"{name}: expected an array of numbers, found others; {hint}.") from None
     return found
 
 
@@ -121,6 +145,18 @@ def enough(name: str, kinds: int, groups: int) -> None:
         raise InputError(
             f"{name}: expected at least 2 kinds in at least 4 groups, found {kinds} in {groups}; pass more."
         )
+
+
+def whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name}: expected a whole number, found {value!r}.") from None
+
+
+def mapping(name: str, values: Any, of: str) -> None:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{name}: expected a dict, names to {of}, found {type(values).__name__}.")
 
 
 def at_least(name: str, value: float, least: int) -> None:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlm.analysis import _checks
 from jaxlm.errors import InputError
 
 
@@ -57,14 +58,15 @@ def calibration(
     """
     if which not in ("top", "all"):
         raise InputError(f"which: must be 'top' or 'all', found {which!r}.")
-    logits, wanted = np.asarray(log_probs, np.float64), np.asarray(targets)
+    logits = _checks.real("log_probs", log_probs).astype(np.float64)
+    wanted = _checks.real("targets", targets)
     if not logits.ndim or logits.shape[:-1] != wanted.shape:
         raise InputError(
             f"targets: expected one for each row of log_probs, shape {logits.shape[:-1]}, found {wanted.shape}."
         )
     if wanted.size and wanted.dtype.kind not in "iu":
         raise InputError(f"targets: expected token ids, whole numbers, found {wanted.dtype}.")
-    judged = np.ones(wanted.shape, bool) if mask is None else np.asarray(mask) != 0
+    judged = np.ones(wanted.shape, bool) if mask is None else _checks.real("mask", mask) != 0
     if judged.shape != wanted.shape:
         raise InputError(f"mask: expected one for each target, shape {wanted.shape}, found {judged.shape}.")
     logits, wanted = logits[judged], wanted[judged]
@@ -95,22 +97,25 @@ def reliability(
 
     Args:
         predicted: [N], probabilities.
-        came_true: bool[N].
+        came_true: bool[N], or zeros and ones.
         n_bins: as for `calibration`.
         bins: as for `calibration`.
 
     Raises:
-        InputError: as for `calibration`.
+        InputError: as for `calibration`, or an outcome that is neither true nor false.
     """
-    p, hit = np.asarray(predicted, np.float64).ravel(), np.asarray(came_true, bool).ravel()
+    p = _checks.real("predicted", predicted).astype(np.float64).ravel()
+    outcomes = _checks.real("came_true", came_true).ravel()
+    hit = outcomes == 1
+    if (neither := outcomes[~hit & (outcomes != 0)]).size:
+        raise InputError(f"came_true: expected truths, or zeros and ones, found {neither[0]}.")
     if not len(p) or len(p) != len(hit):
         raise InputError(
             f"predictions: expected at least one, and an outcome for each, found {len(p)} and {len(hit)} outcomes."
         )
     if not ((p >= 0) & (p <= 1 + 1e-9)).all():
         raise InputError("predictions: probabilities must be between 0 and 1, found others or NaN.")
-    if n_bins < 1:
-        raise InputError(f"n_bins: must be at least 1, found {n_bins}.")
+    _checks.at_least("n_bins", _checks.whole("n_bins", n_bins), 1)
     if bins not in ("width", "mass"):
         raise InputError(f"bins: must be 'width' or 'mass', found {bins!r}.")
     if bins == "width":

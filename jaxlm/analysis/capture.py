@@ -72,12 +72,13 @@ def capture(
     Raises:
         InputError: the model has no such intermediate (the message lists the nearest names); tokens, positions or
             segment_ids of another shape or type; or parameters of another configuration. All are seen in shapes and
-            types, so under `jit` while it traces.
+            types, so under `jit` while it traces; outside `jit`, tokens that the model does not have are refused too.
     """
     wanted = select(cfg, names)
     tokens = _checks.tokens(tokens)
     positions = _checks.by_token("positions", positions, tokens.shape)
     segment_ids = _checks.by_token("segment_ids", segment_ids, tokens.shape)
+    _checks.in_vocabulary(cfg, tokens)
     _checks.params(cfg, params)
     # The marks inside a scan or a rematerialised block are out of reach, so neither is used.
     cfg = cfg.replace(remat=False) if cfg.remat else cfg
@@ -94,6 +95,7 @@ def capture(
 @lru_cache(maxsize=64)
 def names(cfg: ModelConfig) -> tuple[str, ...]:
     """The names that `capture` knows for a model, in the order in which it computes them."""
+    _checks.config(cfg)
     # All blocks are alike: one tells the names of every other.
     one = cfg.replace(n_layers=1, scan_layers=False, remat=False)
     params = jax.eval_shape(lambda: init(one, jax.random.key(0)))
@@ -109,6 +111,7 @@ def names(cfg: ModelConfig) -> tuple[str, ...]:
 def select(cfg: ModelConfig, patterns: str | Sequence[str]) -> tuple[str, ...]:
     """The model's names that match, each once, in the model's order; patterns and errors as for `capture`."""
     several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    _checks.config(cfg)
     known = names(cfg)
     chosen: set[str] = set()
     for pattern in patterns if several else (patterns,):

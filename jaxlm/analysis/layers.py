@@ -43,12 +43,15 @@ def token_labels(tokens: ArrayLike, offsets: Mapping[str, int] | None = None) ->
             token, 0, and the next one, 1.
 
     Raises:
-        InputError: tokens of another shape or type.
+        InputError: tokens of another shape or type, or offsets that are no dict of whole numbers.
     """
     ids = _checks.tokens(tokens, np.asarray).astype(np.int64)
+    offsets = {"input": 0, "next": 1} if offsets is None else offsets
+    _checks.mapping("offsets", offsets, "whole numbers")
     length = ids.shape[1]
     out: dict[str, NDArray[np.int64]] = {}
-    for name, offset in (offsets or {"input": 0, "next": 1}).items():
+    for name, places in offsets.items():
+        offset = _checks.whole(f"offsets[{name!r}]", places)
         shifted = np.full_like(ids, -1)
         first, last = max(0, -offset), min(length, length - offset)
         if last > first:
@@ -86,11 +89,17 @@ def information_by_layer(
         seed: decides which places are used, and which rows are held out.
 
     Raises:
-        InputError: an unknown name or none, an activation that is not by place or not finite, labels of another shape
-            or type or at no place, or what `capture` or `probe_information` refuses.
+        InputError: tokens that the model does not have, an unknown name or none, an activation that is not by place or
+            not finite, labels of another shape or type or at no place, or what `capture` or `probe_information`
+            refuses.
     """
-    ids = _checks.tokens(tokens, np.asarray).astype(np.int32)
-    _checks.at_least("max_samples", max_samples, 1)
+    ids = _checks.tokens(tokens, np.asarray)
+    _checks.config(cfg)
+    _checks.in_vocabulary(cfg, ids)
+    ids = ids.astype(np.int32)
+    _checks.at_least("max_samples", _checks.whole("max_samples", max_samples), 1)
+    labels = token_labels(ids) if labels is None else labels
+    _checks.mapping("labels", labels, "arrays [B, T]")
     wanted = select(cfg, names)
     if not wanted:
         raise InputError("names: expected at least one, found none; analysis.names(cfg) lists all.")
@@ -112,7 +121,7 @@ def information_by_layer(
     nats: dict[str, NDArray[np.float64]] = {}
     errors: dict[str, NDArray[np.float64]] = {}
     entropies: dict[str, float] = {}
-    for kind, values in (token_labels(ids) if labels is None else labels).items():
+    for kind, values in labels.items():
         label = _checks.labels(f"labels[{kind!r}]", values)
         if label.shape != ids.shape:
             raise InputError(f"labels[{kind!r}]: expected one for each token, shape {ids.shape}, found {label.shape}.")

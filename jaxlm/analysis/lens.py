@@ -24,6 +24,8 @@ class LensSummary(NamedTuple):
         nats: float32[L + 1], mean negative log-probability of the targets; NaN where one that counts is no token.
         agreement: float32[L + 1], share of tokens whose likeliest next token is the model's own.
         divergence: float32[L + 1], mean Kullback-Leibler divergence of the prediction from the model's own; nats.
+
+    All are NaN where no target counts.
     """
 
     nats: jax.Array
@@ -53,7 +55,7 @@ def logit_lens(
         At large V that is much memory: pass few tokens.
 
     Raises:
-        InputError: a bigram table, which has no stream.
+        InputError: a bigram table, which has no stream; or what `capture` refuses.
 
     Source: nostalgebraist, interpreting GPT: the logit lens (2020).
     """
@@ -71,23 +73,25 @@ def lens_summary(log_probs: jax.Array, targets: jax.Array, mask: jax.Array | Non
         log_probs: [L + 1, B, T, V] from `logit_lens`.
         targets: int32[B, T], the tokens that came next, 0 to V - 1; where the mask is zero, anything, such as the -1
             of `token_labels`. Their values are data, so that none can be refused: see `LensSummary.nats`.
-        mask: [B, T], 1 where the target counts; by default everywhere.
+        mask: [B, T], non-zero where the target counts; by default everywhere.
 
     Raises:
         InputError: shapes that do not go together, or targets that are no whole numbers; seen under `jit` while it
             traces.
     """
+    if targets is None:
+        raise InputError("targets: expected one for each token, found None; pass the tokens that came next.")
     log_probs = jnp.asarray(log_probs)
     if log_probs.ndim != 4:
         raise InputError(f"log_probs: expected [L + 1, B, T, V] from logit_lens, found shape {log_probs.shape}.")
     targets = _checks.by_token("targets", targets, log_probs.shape[1:-1])
-    weight = jnp.ones(targets.shape, jnp.float32) if mask is None else jnp.asarray(mask, jnp.float32)
-    if weight.shape != targets.shape:
-        raise InputError(f"mask: expected one for each target, shape {targets.shape}, found {weight.shape}.")
+    counts = jnp.ones(targets.shape, bool) if mask is None else jnp.asarray(mask) != 0
+    if counts.shape != targets.shape:
+        raise InputError(f"mask: expected one for each target, shape {targets.shape}, found {counts.shape}.")
     own = log_probs[-1]
 
     def mean(values: jax.Array) -> jax.Array:
-        return jnp.where(weight == 0, 0.0, values * weight).sum((-2, -1)) / jnp.maximum(weight.sum(), 1.0)
+        return jnp.where(counts, values, 0.0).sum((-2, -1)) / counts.sum()
 
     token = (targets >= 0) & (targets < log_probs.shape[-1])
     index = jnp.broadcast_to(jnp.where(token, targets, 0)[None, ..., None], (*log_probs.shape[:-1], 1))

@@ -37,6 +37,9 @@ def attention_maps(probs: ArrayLike, pieces: Sequence[str], *, title: str = "", 
         pieces: T token texts.
         title: over all.
         columns: heads side by side.
+
+    Raises:
+        InputError: probabilities that are not by head and token twice, or no column.
     """
     maps, texts = np.asarray(probs, np.float32), _labels(pieces)
     if maps.ndim != 3 or maps.shape[1:] != (len(texts), len(texts)) or not maps.size:
@@ -72,6 +75,9 @@ def scatter(projection: Projection, labels: Sequence[str], *, title: str = "") -
         projection: from `pca`, with at least two components.
         labels: N, the property of each point; at most nine different ones, coloured in alphabetical order.
         title: over the figure.
+
+    Raises:
+        InputError: another number of labels, more kinds of them, or a single component.
     """
     with _figure(5.4, 3.9) as figure:
         _scatter(figure.add_subplot(), projection, labels)
@@ -80,7 +86,16 @@ def scatter(projection: Projection, labels: Sequence[str], *, title: str = "") -
 
 
 def scatter_grid(projections: Mapping[str, Projection], labels: Sequence[str], *, title: str = "") -> Figure:
-    """`scatter` for several activations side by side, under their names, with one legend."""
+    """`scatter` for several activations side by side, under their names, with one legend.
+
+    Args:
+        projections: name -> projection, of the same points.
+        labels: as for `scatter`.
+        title: over the figure.
+
+    Raises:
+        InputError: no projection, or as for `scatter`.
+    """
     _some("projections", projections)
     with _figure(3.1 * len(projections) + 0.8, 3.1) as figure:
         for axes, (name, projection) in zip(
@@ -118,6 +133,9 @@ def lens_grid(log_probs: ArrayLike, pieces: Sequence[str], decode: Callable[[int
         pieces: T token texts.
         decode: the text of a token id.
         title: over the figure.
+
+    Raises:
+        InputError: log-probabilities that are not by layer and token.
     """
     values, texts = np.asarray(log_probs, np.float32), _labels(pieces)
     if values.ndim != 3 or values.shape[1] != len(texts) or not values.size:
@@ -143,7 +161,14 @@ def lens_grid(log_probs: ArrayLike, pieces: Sequence[str], decode: Callable[[int
 
 
 def lens_curves(summary: LensSummary) -> Figure:
-    """How the prediction improves from the embedding to the last block."""
+    """How the prediction improves from the embedding to the last block.
+
+    Args:
+        summary: from `lens_summary`.
+
+    Raises:
+        InputError: parts of it that are not one number a layer.
+    """
     depth = np.arange(np.size(summary.nats))
     _check_series("summary", summary._asdict(), len(depth))
     names = ("embed", *(f"blocks.{i}.out" for i in depth[:-1]))
@@ -171,6 +196,9 @@ def information_curves(
         curves: one result, or several by name (a model before and after training), a panel for each, scales shared.
         ceilings: draw each label's entropy as a dotted line.
         title: over the figure.
+
+    Raises:
+        InputError: no result, more than nine labels, or another number of values than of layers.
     """
     panels = {"": curves} if isinstance(curves, LayerInformation) else dict(curves)
     _some("curves", panels)
@@ -185,7 +213,7 @@ def information_curves(
                 color = CATEGORIES[i]
                 axes.errorbar(
                     depth, nats, 2 * found.standard_error[kind], color=color, marker=MARKERS[i], markersize=4,
-                    capsize=2, label=f"{kind} token",
+                    capsize=2, label=kind,
                 )  # fmt: skip
                 if ceilings:
                     axes.axhline(found.entropy[kind], color=color, linewidth=1, linestyle=":")
@@ -193,7 +221,7 @@ def information_curves(
             axes.set_title(name, fontsize=9)
         grid[0].set_ylabel("information (nats)")
         grid[0].set_ylim(bottom=min(0.0, grid[0].get_ylim()[0]))
-        grid[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        grid[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="about the label", title_fontsize=8)
         figure.suptitle(title, fontsize=10)
     return figure
 
@@ -201,7 +229,17 @@ def information_curves(
 def estimator_check(
     truth: Sequence[float], estimates: Mapping[str, Sequence[float]], *, band: float = 0.05, title: str = ""
 ) -> Figure:
-    """Estimates of information against what is known, with a band of `band` of the truth around the diagonal."""
+    """Estimates of information against what is known, with a band of `band` of the truth around the diagonal.
+
+    Args:
+        truth: known information, nats.
+        estimates: estimator's name -> its estimates, nats, in the same order.
+        band: half its width, as a share of the truth.
+        title: over the figure.
+
+    Raises:
+        InputError: no estimator, more than nine, or another number of estimates than of truths.
+    """
     x = np.asarray(truth, float)
     _check_series("estimates", estimates, len(x))
     with _figure(5.4, 3.6) as figure:
@@ -224,7 +262,15 @@ def estimator_check(
 
 
 def reliability_diagram(curves: Mapping[str, Calibration] | Calibration, *, title: str = "") -> Figure:
-    """The share that came true against the probability given, and below how many predictions had which."""
+    """The share that came true against the probability given, and below how many predictions had which.
+
+    Args:
+        curves: one result of `calibration` or `reliability`, or several by name, a panel for each.
+        title: over the figure.
+
+    Raises:
+        InputError: no result.
+    """
     panels = {"": curves} if isinstance(curves, Calibration) else dict(curves)
     _some("curves", panels)
     with _figure(0.9 + 2.6 * len(panels), 3.7) as figure:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlm.analysis import _checks
 from jaxlm.errors import InputError
 
 
@@ -45,15 +46,15 @@ def pca(activations: ArrayLike, n_components: int = 2) -> Projection:
         n_components: C.
 
     Raises:
-        InputError: fewer points or dimensions than components, points that are all the same, or a number that is not
-            finite.
+        InputError: fewer points or dimensions than components, points that are all the same, or what is no finite
+            real number.
 
     Source: Pearson, On lines and planes of closest fit (1901).
     """
     from sklearn.decomposition import PCA
 
     rows = _rows(activations)
-    if not 1 <= n_components <= min(rows.shape):
+    if not 1 <= _checks.whole("n_components", n_components) <= min(rows.shape):
         raise InputError(
             f"n_components: must be between 1 and the smaller of points and dimensions, {min(rows.shape)}, found "
             f"{n_components}."
@@ -67,7 +68,7 @@ def pca(activations: ArrayLike, n_components: int = 2) -> Projection:
 
 
 def _rows(activations: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(activations, np.float64)
+    values = _checks.real("activations", activations).astype(np.float64)
     if not values.ndim or not values.size:
         raise InputError(f"activations: expected [..., D] with at least one point, found shape {values.shape}.")
     rows = values.reshape(-1, values.shape[-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jax.typing import ArrayLike
 
 from jaxlm import chat
@@ -27,8 +28,9 @@ from jaxlm.errors import InputError
 from jaxlm.loading import Loaded, start_ids
 from jaxlm.model import Cache, Params, forward, init_cache, unembed
 from jaxlm.playground.explain import Token, Told, read, tell
-from jaxlm.playground.settings import Settings
+from jaxlm.playground.settings import EXAMPLES, Settings
 from jaxlm.sample import beam_search, filter_logits, sample_token
+from jaxlm.tokenizers import Tokenizer
 
 CHUNK = 32  # tokens of a prompt that are taken in together
 CONTEXT = 1024  # prompt and answer together, unless the model's own context is shorter
@@ -56,7 +58,8 @@ class End:
         reason: stop (the model ended it), length (max_new_tokens), stopped (the person did), or error (the logits left
             nothing to choose).
         tokens: how many there were.
-        first_s: seconds until the first; seconds: until the last.
+        first_s: seconds of this model's own until the first; seconds: until the last. What another model beside it
+            took, and whoever reads the events, is not counted.
         perplexity: exp of the mean surprise of its tokens under the model itself; NaN without any.
         rest: text that only the end completes, as the bytes of a cut character.
     """
@@ -134,6 +137,19 @@ def can_chat(model: Loaded) -> bool:
     return getattr(model.tokenizer, "chat_template", None) is not None or model.template is not None
 
 
+def example_prompt(models: Iterable[Loaded]) -> str:
+    """The first of EXAMPLES in which all models know every piece; else the first."""
+
+    def known(tokenizer: Tokenizer, text: str) -> bool:
+        try:
+            return not _unknown(tokenizer, text)
+        except InputError:  # a character tokenizer refuses what it does not know
+            return False
+
+    tokenizers = [model.tokenizer for model in models]
+    return next((text for text in EXAMPLES if all(known(one, text) for one in tokenizers)), EXAMPLES[0])
+
+
 def prompt_ids(model: Loaded, prompt: str, settings: Settings) -> list[int]:
     """The ids that an answer continues; a question to a model that cannot chat is a text like any other.
 
@@ -187,11 +203,17 @@ def _notes(model: Loaded, prompt: str, settings: Settings) -> Iterator[Note]:
     # Not an error: a model before its fine-tuning is asked beside the one after it, which can chat.
     if settings.chat and not can_chat(model):
         yield Note("no chat template here, so this model goes on with the bare prompt", lasts=True)
-    unknown = model.tokenizer.unk_id
-    if unknown is not None and unknown != model.tokenizer.eot_id:  # some have one token for both, and know every text
-        pieces = model.tokenizer.encode(prompt)
-        if n := pieces.count(unknown):
-            yield Note(f"this model does not know {n} of the prompt's {len(pieces)} pieces", lasts=True)
+    if n := _unknown(model.tokenizer, prompt):
+        pieces = len(model.tokenizer.encode(prompt))
+        yield Note(f"this model does not know {n} of the prompt's {pieces} pieces", lasts=True)
+
+
+def _unknown(tokenizer: Tokenizer, text: str) -> int:
+    """How many pieces of a text are no token."""
+    unknown = tokenizer.unk_id
+    if unknown is None or unknown == tokenizer.eot_id:  # some have one token for both, and know every text
+        return 0
+    return tokenizer.encode(text).count(unknown)
 
 
 def side_by_side(
@@ -228,7 +250,9 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
     start = time.perf_counter()
     forced: tuple[int, ...] = ()
     if settings.strategy == "beam":
+        left = time.perf_counter()
         yield Note(f"searching with {settings.beams} beams")
+        start += time.perf_counter() - left
         best = beam_search(
             model.cfg, model.params, ids, n_beams=settings.beams, max_new_tokens=settings.max_new_tokens,
             stop_ids=model.stop_ids, tokenizer=model.tokenizer, stopped=stopped,
@@ -272,7 +296,9 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
             shown = read(told, text if last else "", model.tokenizer, before, ends=token in model.stop_ids)
             before = token
             seen.append(-float(told.log_prob))
+            left = time.perf_counter()
             yield shown
+            start += time.perf_counter() - left  # what others do meanwhile
         untold.clear()
     for told in untold:  # a stop token after which the tokenizer had nothing left to say
         seen.append(-float(told.log_prob))
@@ -288,6 +314,9 @@ def _steps(
     """The figures of each new token, on the host: max_new_tokens of them, or the forced ones; None when stopped."""
     cfg, params = model.cfg, model.params
     cache = init_cache(cfg, 1, capacity(cfg), stacked=False)
+    # Bound to the parameters' device from the start, as it is after a step: else the first step compiles for itself.
+    if isinstance(where := jax.tree.leaves(params)[0].sharding, SingleDeviceSharding):
+        cache = jax.device_put(cache, where)
     held = ids[:-1]
     for place in range(0, len(held), CHUNK):
         jax.block_until_ready(cache)  # else all chunks would be on their way before anyone could stop them

@@ -29,6 +29,8 @@ def open_models(names: Sequence[str] = (), root: str | Path = ".") -> dict[str, 
     Raises:
         InputError: there is nothing to open, or a model is not to be had; names it.
     """
+    if not names and not Path(root).is_dir():
+        raise InputError(f"--root {root}: there is no such directory; name the one that holds runs/, or leave it out.")
     wanted = list(dict.fromkeys(names)) or _there(Path(root))
     if not wanted:
         raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm._frozen import validated
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded
-from jaxlm.playground.answers import End, Note, can_chat, failed, side_by_side
+from jaxlm.playground.answers import End, Note, can_chat, example_prompt, failed, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.markup import tokens_html
 from jaxlm.playground.settings import USED, Settings, controls
@@ -34,8 +34,8 @@ class Panel:
         view: everything together.
     """
 
-    def __init__(self, models: Mapping[str, Loaded], *, prompt: str = "Once upon a time") -> None:
-        """A panel for `models`, by the names to show.
+    def __init__(self, models: Mapping[str, Loaded], *, prompt: str | None = None) -> None:
+        """A panel for `models`, by the names to show; it begins with `prompt`, or one that the models know.
 
         Raises:
             InputError: there are none.
@@ -45,7 +45,8 @@ class Panel:
         if not names:
             raise InputError("models: expected at least one, found none; open_models() opens the newest run.")
         wide = widgets.Layout(width="98%")
-        self.prompt = widgets.Textarea(value=prompt, description="prompt", layout=wide)
+        begin = example_prompt(self._models.values()) if prompt is None else prompt
+        self.prompt = widgets.Textarea(value=begin, description="prompt", layout=wide)
         self.first = widgets.Dropdown(options=names, value=names[0], description="model")
         second = names[1] if len(names) > 1 else NONE
         self.second = widgets.Dropdown(options=[NONE, *names], value=second, description="beside")

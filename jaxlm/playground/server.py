@@ -31,7 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from jaxlm._frozen import Frozen, validated
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded
-from jaxlm.playground.answers import Event, Note, can_chat, failed, side_by_side
+from jaxlm.playground.answers import Event, Note, can_chat, example_prompt, failed, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.settings import USED, Settings, controls
 
@@ -62,22 +62,25 @@ class Asked(Frozen):
 def app(models: Mapping[str, Loaded], stopping: threading.Event | None = None) -> Starlette:
     """The page and its two calls, as an ASGI application.
 
-    GET /api/models tells the models' names and the controls. POST /api/answer takes `Asked` as JSON and gives a JSON
-    object a line: {"pane", "event": "token" | "note" | "end", ...}, the panes in turn. What is wrong with a request is
-    {"error": sentence}, with status 400, or as a line where it shows later; what fails here is told so too, with 500.
+    GET /api/models tells the models' names, a prompt to begin with and the controls. POST /api/answer takes `Asked` as
+    JSON and gives a JSON object a line: {"pane", "event": "token" | "note" | "end", ...}, the panes in turn. What is
+    wrong with a request is {"error": sentence}, with status 400, or as a line where it shows later; what fails here is
+    told so too, with 500.
 
     Args:
         models: what can be asked, by the names to show.
         stopping: set when the server is to end, which ends running answers.
     """
     stopping = threading.Event() if stopping is None else stopping
+    prompt = example_prompt(models.values())
 
     async def send_file(request: Request) -> Response:
         return FileResponse(PAGE / FILES[request.url.path], headers=HEADERS)
 
     async def tell_models(request: Request) -> Response:
         shown = [{"name": name, "chat": can_chat(model)} for name, model in models.items()]
-        return JSONResponse({"models": shown, "controls": controls(), "used": USED}, headers=HEADERS)
+        told = {"models": shown, "prompt": prompt, "controls": controls(), "used": USED}
+        return JSONResponse(told, headers=HEADERS)
 
     async def answer(request: Request) -> Response:
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):

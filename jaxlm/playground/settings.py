@@ -32,6 +32,10 @@ USED: dict[str, tuple[str, ...]] = {
 }
 
 
+# Where there is no prompt yet: the first that a model knows whole, since some know only the words of their own world.
+EXAMPLES = ("Once upon a time", "Anna lived in the barn.")
+
+
 def controls() -> dict[str, dict[str, Any]]:
     """Each setting's default, range and meaning, as plain JSON values.
 

@@ -199,6 +199,8 @@ ROWS = np.zeros((2, 6), int)
         ({"tokens": ROWS * 1.0}, "tokens: expected whole numbers, found float32"),
         ({"tokens": [[1, 2], [3]]}, "tokens: expected an array of whole numbers, .* pad the rows"),
         ({"tokens": "a text"}, "tokens: expected an array of whole numbers"),
+        ({"tokens": ROWS + 2**20}, f"tokens: id {2**20} is outside the vocabulary of 11 tokens"),
+        ({"tokens": ROWS - 1}, "tokens: id -1 is outside the vocabulary of 11 tokens"),
         ({"names": 3}, "names: expected a text or several, found 3"),
         ({"names": ("embed", 3)}, "names: expected a text or several, found 3"),
         ({"positions": ROWS[0]}, r"positions: .* shape \(2, 6\), found \(6,\)"),
@@ -210,6 +212,12 @@ def test_what_cannot_be_run_is_refused(models, weights, given, message):
     cfg = models["gpt2"]
     with pytest.raises(InputError, match=message):
         analysis.capture(cfg, weights(cfg), **{"tokens": ROWS, "names": "embed", **given})
+
+
+@pytest.mark.parametrize("call", [analysis.names, lambda cfg: analysis.capture(cfg, {}, ROWS, "embed")])
+def test_a_name_is_no_configuration(call):
+    with pytest.raises(InputError, match=r"cfg: expected a ModelConfig, found 'gpt2'; jaxlm\.preset"):
+        call("gpt2")
 
 
 @pytest.mark.parametrize("traced", [False, True])

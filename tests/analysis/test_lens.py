@@ -83,8 +83,10 @@ def test_a_target_that_is_no_token_is_not_taken_for_one(none):
     found = summary(np.log(probs), targets)
     assert np.isnan(found.nats).all()
     np.testing.assert_allclose(found.agreement, [0.5, 1.0])  # of the predictions alone
-    masked = summary(np.log(probs), targets, np.array([[1, 0]]))
-    np.testing.assert_allclose(masked.nats, [-math.log(0.5), -math.log(0.8)], rtol=1e-6)
+    for counts in (1, 0.5, -1):  # which do, not how much
+        masked = summary(np.log(probs), targets, np.array([[counts, 0]]))
+        np.testing.assert_allclose(masked.nats, [-math.log(0.5), -math.log(0.8)], rtol=1e-6)
+    assert all(np.isnan(part).all() for part in summary(np.log(probs), targets, np.zeros((1, 2))))  # nor a perfect one
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,7 @@ def test_a_target_that_is_no_token_is_not_taken_for_one(none):
         (lambda x, t: analysis.lens_summary(x, t[:1]), r"targets: .* shape \(2, 3\), found \(1, 3\)"),
         (lambda x, t: summary(x, t[:1]), r"targets: .* shape \(2, 3\), found \(1, 3\)"),
         (lambda x, t: analysis.lens_summary(x, t, t[:, :1]), r"mask: .* shape \(2, 3\), found \(2, 1\)"),
+        (lambda x, t: analysis.lens_summary(x, None), "targets: expected one for each token, found None"),
         (lambda x, t: analysis.lens_summary(x, t * 1.0), "targets: expected whole numbers, found float32"),
         (lambda x, t: analysis.lens_summary(x[0], t), r"log_probs: expected .* found shape \(2, 3, 5\)"),
     ],

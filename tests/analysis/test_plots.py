@@ -100,7 +100,7 @@ def test_information_curves_draw_each_label_and_its_ceiling():
     drawn(figure)
     assert [axes.get_title() for axes in figure.axes] == ["before", "after"]
     assert figure.axes[0].get_ylabel() == "information (nats)"
-    assert "input token" in texts(figure)
+    assert "about the label\ninput" in texts(figure)
     lines = figure.axes[0].get_lines()
     assert any(set(np.asarray(line.get_ydata(), float)) == {2.3} for line in lines)
     without = plots.information_curves(one, ceilings=False)

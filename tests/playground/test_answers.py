@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import codecs
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxlm.loading import Loaded, start_ids
 from jaxlm.playground import answers
 from jaxlm.playground.answers import CHUNK, End, Note, answer, side_by_side, warm
 from jaxlm.playground.explain import Token
-from jaxlm.playground.settings import USED, Settings, controls
+from jaxlm.playground.settings import EXAMPLES, USED, Settings, controls
 from jaxlm.sample import Sampling, beam_loop, beam_search, generate
 
 QUICK_COMPILE = True
@@ -58,11 +59,14 @@ def test_an_answer_is_what_generate_gives(model, settings, sampling):
     assert 0 < end.first_s <= end.seconds
 
 
-def test_no_setting_and_no_length_compiles_again(model):
+@pytest.mark.parametrize("bound", [False, True], ids=["anywhere", "restored"])
+def test_no_setting_and_no_length_compiles_again(model, bound):
+    if bound:  # to a device, as the parameters of a run are
+        model = model._replace(params=jax.device_put(model.params, jax.devices()[0]))
     warm(model)
     sizes = [answers._next._cache_size(), answers._take_in._cache_size()]
     for settings, _ in SAMPLED:
-        for prompt in ("a", "ab", LONG):
+        for prompt in ("", "a", "ab", LONG):
             list(answer(model, prompt, settings))
     assert [answers._next._cache_size(), answers._take_in._cache_size()] == sizes
 
@@ -227,6 +231,28 @@ def test_once_it_is_stopped_neither_model_does_anything_more(model, work, settin
     assert work == expected
     ends = {name: event.reason for name, event in events if isinstance(event, End)}
     assert ends == {"one": "stopped", "two": "stopped"}
+
+
+def test_the_time_of_an_answer_is_its_own(model, table):
+    """Not that of the model beside it, nor the reader's."""
+    alone = split(model, "ab", GREEDY)[1]
+    ends = {}
+    for name, event in side_by_side({"one": model, "two": table}, "ab", GREEDY):
+        time.sleep(0.05)
+        ends[name] = event
+    for end in (ends["one"], ends["two"]):
+        assert 0 < end.first_s <= end.seconds < 0.05 * alone.tokens
+
+
+def test_a_prompt_to_begin_with(model, table):
+    """Words of its own world for a model that knows no others."""
+    words = tokenizers.word("Anna lived in the barn.", split="punctuation")
+    every = tokenizers.load("gpt2")
+    small = model._replace(tokenizer=words)
+    assert words.encode(EXAMPLES[0]).count(words.unk_id) == 4
+    assert answers.example_prompt([small]) == answers.example_prompt([small, small]) == EXAMPLES[1]
+    assert answers.example_prompt([model._replace(tokenizer=every)]) == EXAMPLES[0]
+    assert answers.example_prompt([model, table]) == EXAMPLES[0]  # lower-case letters alone, which know neither
 
 
 def test_two_models_speak_in_turn(model, table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -172,8 +173,41 @@ def test_an_answer_can_be_stopped(page, monkeypatch):
     page.wait("document.querySelectorAll('.token').length > 1")
     page.point("#stop", click=True)
     page.wait("document.getElementById('status').textContent === 'stopped'")
-    assert page.run("document.querySelectorAll('.token').length") < 40
+    tokens = page.run("document.querySelectorAll('.token').length")
+    assert tokens < 40
+    figures = page.run("document.querySelector('.figures').textContent")
+    probs = page.run("[...document.querySelectorAll('.token')].map(token => token.told.prob)")
+    perplexity = math.exp(-sum(map(math.log, probs)) / tokens)
+    assert figures == f"{tokens} tokens; perplexity {perplexity:.3g}; ended by stopped"
     assert not page.run("document.getElementById('go').disabled")
+
+
+def test_an_answer_that_the_server_ends_is_stopped_and_not_done(page, monkeypatch):
+    real = server.side_by_side
+
+    def ends(*args, stopped, **kwargs):
+        asked = iter([False] * 2 + [True] * 1000)
+        return real(*args, stopped=lambda: next(asked), **kwargs)
+
+    monkeypatch.setattr(server, "side_by_side", ends)
+    fill(page, max_new_tokens=60, temperature=3, top_p=1, **{"model-a": "table", "model-b": ""})
+    page.point("#go", click=True)
+    page.wait("document.getElementById('status').textContent === 'stopped'")
+    assert "ended by stopped" in page.run("document.querySelector('.figures').textContent")
+
+
+def test_without_a_server_the_page_says_so(page):
+    page.run("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")  # as a browser does then
+    page.point("#go", click=True)
+    page.wait("document.getElementById('status').classList.contains('wrong')")
+    assert "the playground has gone" in page.run("document.getElementById('status').textContent")
+
+
+def test_numbers_between_the_sliders_steps_can_be_typed(page, model):
+    fill(page, temperature=0.33, top_p=0.995, **{"model-b": ""})
+    page.point("#go", click=True)
+    done(page)
+    assert texts(page, 0) == said(model, "ab", Settings(temperature=0.33, top_p=0.995, max_new_tokens=6))
 
 
 def test_an_empty_number_is_not_sent(page):

@@ -53,6 +53,7 @@ def test_the_page_and_its_script_agree_on_the_elements(client):
 def test_models_and_controls_are_told(client):
     told = client.get("/api/models").json()
     assert told["models"] == [{"name": "small", "chat": True}, {"name": "table", "chat": False}]
+    assert told["prompt"] == "Once upon a time"
     assert told["controls"]["temperature"]["max"] == 5
     assert set(told["used"]["sampling"]) == {"temperature", "top_k", "top_p", "seed"}
 

@@ -6,6 +6,7 @@ const LABELS = {
   temperature: ["temperature", 0.05], top_k: ["top-k", 1], top_p: ["top-p", 0.01], seed: ["seed", 0],
   beams: ["beams", 1], max_new_tokens: ["most tokens", 1],
 };
+const GONE = "the playground has gone; is it still running?";
 let told; // what /api/models said
 let running = null; // the AbortController of the request under way
 
@@ -28,6 +29,7 @@ function say(text, wrong = false) {
 // ---- controls
 
 function build() {
+  if (!$("prompt").value) $("prompt").value = told.prompt; // a reloaded page keeps what was written
   for (const model of told.models) {
     $("model-a").append(make("option", { textContent: model.name, value: model.name }));
     $("model-b").append(make("option", { textContent: model.name, value: model.name }));
@@ -40,7 +42,8 @@ function build() {
   }
   for (const [name, [label, step]] of Object.entries(LABELS)) {
     const control = told.controls[name];
-    const limits = { min: control.min, max: control.max, step: step || 1 };
+    // The slider goes in steps; any number between can be typed.
+    const limits = { min: control.min, max: control.max, step: step < 1 && step > 0 ? "any" : 1 };
     const number = make("input", { type: "number", id: name, required: true, ...limits }); // empty would be zero
     number.value = control.default;
     const row = make("div", { className: "number", id: name + "-row", title: control.description });
@@ -117,12 +120,25 @@ function show(pane, event) {
     pane.querySelector(".text").append(event.rest);
     const rate = event.tokens > 1 ? (event.tokens - 1) / Math.max(event.seconds - event.first_s, 1e-9) : 0;
     note.textContent = event.reason === "error" ? "The settings left nothing to choose." : lasting;
-    pane.querySelector(".figures").textContent = event.tokens
-      ? `${event.tokens} tokens, first after ${event.first_s.toFixed(2)} s, then ${rate.toFixed(0)} a second; ` +
-        `perplexity ${event.perplexity === null ? "∞" : event.perplexity.toPrecision(3)}; ended by ${event.reason}`
-      : "no tokens";
-    pane.dataset.ended = event.reason;
+    const speed = `, first after ${event.first_s?.toFixed(2)} s` + (rate ? `, then ${rate.toFixed(0)} a second` : "");
+    figures(pane, event.reason, event.tokens, speed, event.perplexity ?? Infinity);
   }
+}
+
+function figures(pane, reason, tokens, speed, perplexity) {
+  const surprise = Number.isFinite(perplexity) ? perplexity.toPrecision(3) : "∞";
+  const told = tokens ? `${tokens} tokens${speed}; perplexity ${surprise}` : "no tokens";
+  pane.querySelector(".figures").textContent = `${told}; ended by ${reason}`;
+  pane.dataset.ended = reason;
+}
+
+// An answer that was cut off says no longer what was under way; one that a person stopped, what there is of it.
+function cut(pane, stopped) {
+  pane.querySelector(".note").textContent = pane.dataset.note || "";
+  if (!stopped) return;
+  const surprises = [...pane.querySelectorAll(".token")].map((token) => -Math.log(token.told.prob));
+  const mean = surprises.reduce((sum, one) => sum + one, 0) / surprises.length;
+  figures(pane, "stopped", surprises.length, "", Math.exp(mean));
 }
 
 async function* lines(body) {
@@ -156,14 +172,13 @@ async function generate(submitted) {
       if (line.error) throw new Error(line.error);
       show(panes[line.pane], line);
     }
-    say("done");
+    say(panes.some((pane) => pane.dataset.ended === "stopped") ? "stopped" : "done");
   } catch (problem) {
     if (problem.name === "AbortError") say("stopped");
-    else say(problem.message || "the playground has gone; is it still running?", true);
+    else say(problem instanceof TypeError ? GONE : problem.message, true); // what fetch throws without a server
   } finally {
+    for (const pane of panes) if (!pane.dataset.ended) cut(pane, running.signal.aborted);
     running = null;
-    // An answer that was cut off says no longer what was under way.
-    for (const pane of panes) if (!pane.dataset.ended) pane.querySelector(".note").textContent = pane.dataset.note || "";
     $("go").disabled = false;
     $("stop").disabled = true;
   }
@@ -222,7 +237,7 @@ async function start() {
   try {
     told = await (await fetch("/api/models")).json();
   } catch {
-    say("the playground has gone; is it still running?", true);
+    say(GONE, true);
     return;
   }
   build();
