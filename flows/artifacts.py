@@ -22,6 +22,7 @@ from prefect.artifacts import (
 
 from flows import server
 from flows.curve import loss_svg
+from jaxlm.stages.runner import say
 from jaxlm.stages.spec import Spec
 
 PROGRESS_SECONDS = 2.0  # between two updates of a progress artifact
@@ -124,13 +125,14 @@ class StageArtifacts:
     def _safely(self, call: Callable[[], T]) -> T | None:
         if time.monotonic() < self._away_until:
             return None
-        try:
-            if server.away():  # asked first: a call would be tried again and again while the stage is waiting
-                raise ConnectionError
-            return call()
-        except Exception:
-            self._away_until = time.monotonic() + AWAY_SECONDS
-            return None
+        if not server.away():  # asked first: a call would be tried again and again while the stage is waiting
+            try:
+                return call()
+            except Exception as error:  # a training does not fail for a picture, but what is wrong here is told
+                if not server.away():
+                    say(f"{'/'.join(self._names)}: not shown in Prefect ({type(error).__name__}: {error})")
+        self._away_until = time.monotonic() + AWAY_SECONDS
+        return None
 
 
 def total_steps(spec: Spec) -> int:

@@ -11,11 +11,12 @@ import pytest
 
 import jaxlm
 
+ROOT = Path(__file__).parent.parent
 LIGHT = [
     "jaxlm", "jaxlm.errors", "jaxlm.config", "jaxlm.presets", "jaxlm.cli", "jaxlm.metrics_log", "jaxlm.data.download",
     "jaxlm.data.storyworld", "jaxlm.data", "jaxlm.tokenizers", "jaxlm.stages.spec", "jaxlm.stages.store",
     "jaxlm.stages.plan", "jaxlm.stages.runner", "jaxlm.stages.runs", "jaxlm.stages.download", "jaxlm.stages.tokenize",
-    "jaxlm.stages.tokenize_sft", "flows.pipeline",
+    "jaxlm.stages.tokenize_sft", *sorted(f"flows.{path.stem}" for path in (ROOT / "flows").glob("[!_]*.py")),
 ]  # fmt: skip
 HEAVY = ["jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers", "matplotlib"]
 
@@ -35,7 +36,7 @@ def loaded() -> dict[str, list[str]]:
     """For each of LIGHT, in order and in one fresh process, the modules that had come along by then."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([LIGHT, HEAVY])],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

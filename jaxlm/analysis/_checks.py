@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params, init, unstack
 from jaxlm.model.weights import path_of
+from jaxlm.sample.arguments import check_count
 
 
 def tokens(values: Any, convert: Callable[[Any], Any] = jnp.asarray) -> Any:
@@ -148,10 +149,8 @@ def enough(name: str, kinds: int, groups: int) -> None:
 
 
 def whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name}: expected a whole number, found {value!r}.") from None
+    """An integer of any size; `check_count` for one with a least."""
+    return check_count(name, value, -sys.maxsize)
 
 
 def mapping(name: str, values: Any, of: str) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlm.analysis import _checks
 from jaxlm.errors import InputError
+from jaxlm.sample.arguments import check_count
 
 
 class Calibration(NamedTuple):
@@ -115,7 +116,7 @@ def reliability(
         )
     if not ((p >= 0) & (p <= 1 + 1e-9)).all():
         raise InputError("predictions: probabilities must be between 0 and 1, found others or NaN.")
-    _checks.at_least("n_bins", _checks.whole("n_bins", n_bins), 1)
+    check_count("n_bins", n_bins)
     if bins not in ("width", "mass"):
         raise InputError(f"bins: must be 'width' or 'mass', found {bins!r}.")
     if bins == "width":

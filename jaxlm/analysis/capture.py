@@ -92,10 +92,18 @@ def capture(
     return {name: _by_head(name, value) for name, value in zip(wanted, values, strict=True)}
 
 
-@lru_cache(maxsize=64)
 def names(cfg: ModelConfig) -> tuple[str, ...]:
-    """The names that `capture` knows for a model, in the order in which it computes them."""
+    """The names that `capture` knows for a model, in the order in which it computes them.
+
+    Raises:
+        InputError: no configuration.
+    """
     _checks.config(cfg)
+    return _names(cfg)
+
+
+@lru_cache(maxsize=64)
+def _names(cfg: ModelConfig) -> tuple[str, ...]:
     # All blocks are alike: one tells the names of every other.
     one = cfg.replace(n_layers=1, scan_layers=False, remat=False)
     params = jax.eval_shape(lambda: init(one, jax.random.key(0)))
@@ -111,7 +119,6 @@ def names(cfg: ModelConfig) -> tuple[str, ...]:
 def select(cfg: ModelConfig, patterns: str | Sequence[str]) -> tuple[str, ...]:
     """The model's names that match, each once, in the model's order; patterns and errors as for `capture`."""
     several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
-    _checks.config(cfg)
     known = names(cfg)
     chosen: set[str] = set()
     for pattern in patterns if several else (patterns,):

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlm.analysis import _checks
 from jaxlm.errors import InputError
+from jaxlm.sample.arguments import check_count
 
 _SPREAD = 1e-10  # of the jitter that separates equal points, relative to their standard deviation
 
@@ -197,8 +198,9 @@ def gaussian_pair(
 
     Source: Cover and Thomas, Elements of Information Theory, example 8.5.1.
     """
-    for name, value, least in (("n", n, 1), ("nats", nats, 0), ("dims", dims, 1)):
-        _checks.at_least(name, value if name == "nats" else _checks.whole(name, value), least)
+    check_count("n", n)
+    check_count("dims", dims)
+    _checks.at_least("nats", nats, 0)
     r = math.sqrt(1.0 - math.exp(-2.0 * nats / dims))
     rng = np.random.default_rng(seed)
     x, noise = rng.normal(size=(2, n, dims))
@@ -219,8 +221,9 @@ def gaussian_classes(
     Raises:
         InputError: fewer than two classes, fewer than one sample or dimension, or a negative distance.
     """
-    for name, value, least in (("n", n, 1), ("n_classes", n_classes, 2), ("distance", distance, 0), ("dims", dims, 1)):
-        _checks.at_least(name, value if name == "distance" else _checks.whole(name, value), least)
+    for name, count, least in (("n", n, 1), ("n_classes", n_classes, 2), ("dims", dims, 1)):
+        check_count(name, count, least)
+    _checks.at_least("distance", distance, 0)
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(n_classes, dims))
     means *= distance / np.linalg.norm(means, axis=1, keepdims=True)

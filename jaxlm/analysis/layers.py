@@ -16,6 +16,7 @@ from jaxlm.analysis.lens import LAYERS
 from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.model import Params
+from jaxlm.sample.arguments import check_count
 
 
 class LayerInformation(NamedTuple):
@@ -93,14 +94,13 @@ def information_by_layer(
             not finite, labels of another shape or type or at no place, or what `capture` or `probe_information`
             refuses.
     """
+    wanted = select(cfg, names)
     ids = _checks.tokens(tokens, np.asarray)
-    _checks.config(cfg)
     _checks.in_vocabulary(cfg, ids)
     ids = ids.astype(np.int32)
-    _checks.at_least("max_samples", _checks.whole("max_samples", max_samples), 1)
+    check_count("max_samples", max_samples)
     labels = token_labels(ids) if labels is None else labels
     _checks.mapping("labels", labels, "arrays [B, T]")
-    wanted = select(cfg, names)
     if not wanted:
         raise InputError("names: expected at least one, found none; analysis.names(cfg) lists all.")
     positions = _checks.by_token("positions", positions, ids.shape)

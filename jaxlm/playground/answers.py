@@ -1,9 +1,4 @@
-"""An answer, token by token, with what there is to say of each: the loop behind the page and the panel.
-
-Two programs serve every prompt and every setting: one takes up to CHUNK tokens into the cache, one makes the next token
-and tells its figures. Once both are compiled, nothing that a person does waits for the compiler, but for beam search,
-whose result is then read through the same second program.
-"""
+"""An answer, token by token, with what there is to say of each: the events behind the page and the panel."""
 
 from __future__ import annotations
 
@@ -11,30 +6,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import SingleDeviceSharding
-from jax.typing import ArrayLike
 
 from jaxlm import chat
-from jaxlm.config import ModelConfig
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded, start_ids
-from jaxlm.model import Cache, Params, forward, init_cache, unembed
-from jaxlm.playground.explain import Token, Told, read, tell
+from jaxlm.playground.explain import Token, Told, read
 from jaxlm.playground.settings import EXAMPLES, Settings
-from jaxlm.sample import beam_search, filter_logits, sample_token
+from jaxlm.playground.steps import capacity, take_steps
+from jaxlm.sample import beam_search
 from jaxlm.tokenizers import Tokenizer
-
-CHUNK = 32  # tokens of a prompt that are taken in together
-CONTEXT = 1024  # prompt and answer together, unless the model's own context is shorter
-N_RIVALS = 8
 
 
 @dataclass(frozen=True)
@@ -75,63 +58,6 @@ class End:
 Event = Token | Note | End
 
 
-class Options(NamedTuple):
-    """The filters as data, so that no value compiles anything; each a scalar."""
-
-    temperature: ArrayLike  # float32
-    top_k: ArrayLike  # int32
-    top_p: ArrayLike  # float32
-
-
-@partial(jax.jit, donate_argnames="cache")
-def _take_in(cfg: ModelConfig, params: Params, cache: Cache, tokens: jax.Array, n: jax.Array) -> Cache:
-    """The cache with the first `n` of tokens int32[1, CHUNK]; places after them hold nothing that is looked at."""
-    _, filled = forward(cfg, params, tokens, cache=cache)
-    assert filled is not None
-    return filled._replace(length=cache.length + n)
-
-
-@partial(jax.jit, donate_argnames="cache", static_argnames="n_rivals")
-def _next(
-    cfg: ModelConfig,
-    params: Params,
-    cache: Cache,
-    last: jax.Array,
-    key: jax.Array,
-    options: Options,
-    forced: jax.Array,
-    n_vocab: jax.Array,
-    n_rivals: int,
-) -> tuple[Cache, Told]:
-    """The token after `last` int32[], which is not in the cache yet: drawn, or `forced` where that is not -1.
-
-    Position p is drawn with fold_in(key, p), as `generate` does.
-    """
-    position = cache.length + 1
-    hidden, cache_after = forward(cfg, params, last[None, None], cache=cache)
-    assert cache_after is not None
-    logits = unembed(cfg, params, hidden[:, 0])
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
-    drawn = sample_token(jax.vmap(jax.random.fold_in, (None, 0))(key, position), logits, **options._asdict())
-    kept = filter_logits(logits, **options._asdict())
-    token = jnp.where(forced >= 0, forced, drawn)
-    return cache_after, jax.tree.map(lambda x: x[0], tell(logits, kept, token, n_rivals))
-
-
-def capacity(cfg: ModelConfig) -> int:
-    """Tokens of prompt and answer together that the playground has room for."""
-    return min(cfg.max_seq_len, CONTEXT)
-
-
-def warm(model: Loaded) -> float:
-    """Compiles what answers need; returns the seconds that it took."""
-    start = time.perf_counter()
-    ids = [0] * min(2, capacity(model.cfg) - 1)
-    for _ in _steps(model, ids, Settings(max_new_tokens=1), (), lambda: False):
-        pass
-    return time.perf_counter() - start
-
-
 def can_chat(model: Loaded) -> bool:
     """Whether the model has a form to put questions in."""
     return getattr(model.tokenizer, "chat_template", None) is not None or model.template is not None
@@ -142,7 +68,7 @@ def example_prompt(models: Iterable[Loaded]) -> str:
 
     def known(tokenizer: Tokenizer, text: str) -> bool:
         try:
-            return not _unknown(tokenizer, text)
+            return not _unknown(tokenizer, tokenizer.encode(text))
         except InputError:  # a character tokenizer refuses what it does not know
             return False
 
@@ -184,8 +110,8 @@ def answer(
         model: from `jaxlm.loading.load_model`.
         prompt: a text to continue, or with `settings.chat` a question.
         settings: how; the defaults when empty.
-        stopped: asked before each CHUNK of the prompt and before each token, and by a beam search as it says; True,
-            which it then has to stay, ends the answer there.
+        stopped: asked before each `steps.CHUNK` tokens of the prompt and before each new one, and by a beam search as
+            it says; True, which it then has to stay, ends the answer there.
 
     Yields:
         Notes and Tokens, and one End.
@@ -203,17 +129,16 @@ def _notes(model: Loaded, prompt: str, settings: Settings) -> Iterator[Note]:
     # Not an error: a model before its fine-tuning is asked beside the one after it, which can chat.
     if settings.chat and not can_chat(model):
         yield Note("no chat template here, so this model goes on with the bare prompt", lasts=True)
-    if n := _unknown(model.tokenizer, prompt):
-        pieces = len(model.tokenizer.encode(prompt))
-        yield Note(f"this model does not know {n} of the prompt's {pieces} pieces", lasts=True)
+    pieces = model.tokenizer.encode(prompt)
+    if n := _unknown(model.tokenizer, pieces):
+        yield Note(f"this model does not know {n} of the prompt's {len(pieces)} pieces", lasts=True)
 
 
-def _unknown(tokenizer: Tokenizer, text: str) -> int:
-    """How many pieces of a text are no token."""
+def _unknown(tokenizer: Tokenizer, pieces: list[int]) -> int:
+    """How many of a text's ids stand for what is no token."""
     unknown = tokenizer.unk_id
-    if unknown is None or unknown == tokenizer.eot_id:  # some have one token for both, and know every text
-        return 0
-    return tokenizer.encode(text).count(unknown)
+    # Some have one token for this and the end of a text, and know every text.
+    return 0 if unknown is None or unknown == tokenizer.eot_id else pieces.count(unknown)
 
 
 def side_by_side(
@@ -246,20 +171,35 @@ def failed(error: Exception) -> str:
     return f"the answer failed ({what}); if memory ran out, use fewer beams or a shorter answer."
 
 
+class _Clock:
+    """Seconds of an answer's own, from now on: it stands while others do their work."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        left = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - left
+
+
 def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable[[], bool]) -> Iterator[Event]:
-    start = time.perf_counter()
+    clock = _Clock()
     forced: tuple[int, ...] = ()
     if settings.strategy == "beam":
-        left = time.perf_counter()
-        yield Note(f"searching with {settings.beams} beams")
-        start += time.perf_counter() - left
+        with clock.stopped():
+            yield Note(f"searching with {settings.beams} beams")
         best = beam_search(
             model.cfg, model.params, ids, n_beams=settings.beams, max_new_tokens=settings.max_new_tokens,
             stop_ids=model.stop_ids, tokenizer=model.tokenizer, stopped=stopped,
         )[0]  # fmt: skip
         forced = tuple(best.tokens)
         if not forced:
-            yield End("stopped" if stopped() else "error", 0, math.nan, time.perf_counter() - start, math.nan)
+            yield End("stopped" if stopped() else "error", 0, math.nan, clock.seconds(), math.nan)
             return
     untold: list[Told] = []
     seen: list[float] = []  # surprise of each token
@@ -267,7 +207,7 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
 
     def new_ids() -> Iterator[int]:
         nonlocal reason
-        for told in _steps(model, ids, settings, forced, stopped):
+        for told in take_steps(model, ids, settings, forced, stopped):
             if told is None:
                 reason = "stopped"
                 return
@@ -290,62 +230,18 @@ def _events(model: Loaded, ids: list[int], settings: Settings, stopped: Callable
             continue
         for i, told in enumerate(untold):
             if not seen:
-                first_s = time.perf_counter() - start
+                first_s = clock.seconds()
             last = i == len(untold) - 1
             token = int(told.token)
             shown = read(told, text if last else "", model.tokenizer, before, ends=token in model.stop_ids)
             before = token
             seen.append(-float(told.log_prob))
-            left = time.perf_counter()
-            yield shown
-            start += time.perf_counter() - left  # what others do meanwhile
+            with clock.stopped():
+                yield shown
         untold.clear()
     for told in untold:  # a stop token after which the tokenizer had nothing left to say
         seen.append(-float(told.log_prob))
-        first_s = time.perf_counter() - start if math.isnan(first_s) else first_s
+        first_s = clock.seconds() if math.isnan(first_s) else first_s
         yield read(told, "", model.tokenizer, before, ends=True)
     perplexity = math.exp(min(sum(seen) / len(seen), 700)) if seen else math.nan
-    yield End(reason, len(seen), first_s, time.perf_counter() - start, perplexity, rest)
-
-
-def _steps(
-    model: Loaded, ids: list[int], settings: Settings, forced: tuple[int, ...], stopped: Callable[[], bool]
-) -> Iterator[Told | None]:
-    """The figures of each new token, on the host: max_new_tokens of them, or the forced ones; None when stopped."""
-    cfg, params = model.cfg, model.params
-    cache = init_cache(cfg, 1, capacity(cfg), stacked=False)
-    # Bound to the parameters' device from the start, as it is after a step: else the first step compiles for itself.
-    if isinstance(where := jax.tree.leaves(params)[0].sharding, SingleDeviceSharding):
-        cache = jax.device_put(cache, where)
-    held = ids[:-1]
-    for place in range(0, len(held), CHUNK):
-        jax.block_until_ready(cache)  # else all chunks would be on their way before anyone could stop them
-        if stopped():
-            yield None
-            return
-        part = held[place : place + CHUNK]
-        padded = np.zeros((1, CHUNK), np.int32)
-        padded[0, : len(part)] = part
-        cache = _take_in(cfg, params, cache, padded, np.int32(len(part)))
-    options = _options(settings)
-    key = jax.random.fold_in(jax.random.key(np.uint32(settings.seed)), 0)
-    n_vocab = np.int32(min(cfg.vocab_size, model.tokenizer.vocab_size))
-    n_rivals = min(N_RIVALS, cfg.vocab_size)
-    last = np.int32(ids[-1])
-    for i in range(len(forced) or settings.max_new_tokens):
-        if stopped():
-            yield None
-            return
-        wanted = np.int32(forced[i] if forced else -1)
-        cache, told = _next(cfg, params, cache, last, key, options, wanted, n_vocab, n_rivals=n_rivals)
-        told = jax.device_get(told)
-        yield told
-        last = np.int32(told.token)
-
-
-def _options(settings: Settings) -> Options:
-    if settings.strategy == "greedy":
-        return Options(np.float32(0), np.int32(0), np.float32(1))
-    if settings.strategy == "beam":  # beams are ranked by the model's own distribution
-        return Options(np.float32(1), np.int32(0), np.float32(1))
-    return Options(np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
+    yield End(reason, len(seen), first_s, clock.seconds(), perplexity, rest)

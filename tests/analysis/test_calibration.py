@@ -88,7 +88,7 @@ def test_a_certain_prediction_is_in_the_last_bin():
         (lambda: analysis.reliability([1.5], [True]), "between 0 and 1"),
         (lambda: analysis.reliability([np.nan], [True]), "NaN"),
         (lambda: analysis.reliability([0.5], [True], n_bins=0), "n_bins: must be at least 1, found 0"),
-        (lambda: analysis.reliability([0.5], [True], n_bins=2.5), "n_bins: expected a whole number, found 2.5"),
+        (lambda: analysis.reliability([0.5], [True], n_bins=2.5), "n_bins: must be an integer, found 2.5"),
         (lambda: analysis.reliability([0.5, 0.5], [1, 0.3]), "came_true: expected truths, .* found 0.3"),
         (lambda: analysis.reliability([0.5, 0.5], [0, np.nan]), "came_true: expected truths, .* found nan"),
         (lambda: analysis.calibration([[0.5, 0.5], [1.0]], [0, 1]), "log_probs: expected an array of numbers"),

@@ -227,10 +227,10 @@ def test_a_label_that_only_the_held_out_samples_have_costs_a_finite_amount():
         ),
         (
             lambda: analysis.neighbour_information(np.ones(5), np.ones(5), k=2.5),
-            "k: expected a whole number, found 2.5",
+            "k: must be an integer, found 2.5",
         ),
-        (lambda: analysis.gaussian_pair(9.5, 1.0), "n: expected a whole number, found 9.5"),
-        (lambda: analysis.gaussian_classes(9, 2.5, 1.0), "n_classes: expected a whole number, found 2.5"),
+        (lambda: analysis.gaussian_pair(9.5, 1.0), "n: must be an integer, found 9.5"),
+        (lambda: analysis.gaussian_classes(9, 2.5, 1.0), "n_classes: must be an integer, found 2.5"),
         (lambda: analysis.neighbour_information(np.ones(5), np.ones(5) * 1j), "y: expected an array of numbers"),
     ],
 )

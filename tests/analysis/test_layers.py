@@ -83,7 +83,7 @@ def test_labels_may_be_texts(models, weights):
         ({"labels": [np.ones((2, 6), int)]}, r"labels: expected a dict, names to arrays \[B, T\], found list"),
         ({"tokens": np.full((4, 6), 11)}, "tokens: id 11 is outside the vocabulary of 11 tokens"),
         ({"tokens": np.full((4, 6), 2**32)}, f"tokens: id {2**32} is outside the vocabulary"),
-        ({"max_samples": 9.5}, r"max_samples: expected a whole number, found 9\.5"),
+        ({"max_samples": 9.5}, r"max_samples: must be an integer, found 9\.5"),
         ({"max_samples": 0}, "max_samples: must be at least 1, found 0"),
         ({"names": ()}, "names: expected at least one, found none"),
         ({"positions": np.zeros(6, int)}, r"positions: .* shape \(2, 6\), found \(6,\)"),
@@ -108,7 +108,7 @@ def test_labels_of_no_batch_are_refused(tokens):
 
 @pytest.mark.parametrize(
     ("offsets", "message"),
-    [({"half": 0.5}, r"offsets\['half'\]: expected a whole number, found 0\.5"), ([1], "offsets: expected a dict")],
+    [({"half": 0.5}, r"offsets\['half'\]: must be an integer, found 0\.5"), ([1], "offsets: expected a dict")],
 )
 def test_offsets_that_are_no_places(offsets, message):
     with pytest.raises(InputError, match=message):

@@ -47,7 +47,7 @@ def test_components_that_cannot_be(points, n):
         (lambda found: found.project(np.ones((3, 5))), "activations: expected 6 numbers a point, found 5"),
         (lambda found: analysis.pca(np.full((4, 3), 0.1)), "activations: all 4 points are the same"),
         (lambda found: analysis.pca(np.zeros((0, 3))), r"at least one point, found shape \(0, 3\)"),
-        (lambda found: analysis.pca(np.eye(3), 1.5), "n_components: expected a whole number, found 1.5"),
+        (lambda found: analysis.pca(np.eye(3), 1.5), "n_components: must be an integer, found 1.5"),
         (lambda found: analysis.pca([[1, 2], [1]]), "activations: expected an array of numbers"),
         (lambda found: analysis.pca(np.eye(3) * 1j), "activations: expected an array of numbers"),
         (lambda found: analysis.pca(1.0), r"found shape \(\)"),

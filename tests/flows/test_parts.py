@@ -208,6 +208,21 @@ def test_an_api_that_is_away_is_left_alone(artifacts, monkeypatch):
     assert (len(asked), made) == (1, [])
 
 
+def test_an_artifact_that_cannot_be_made_is_told_and_costs_nothing(artifacts, monkeypatch, capsys):
+    module, stage, made = artifacts
+
+    def refused(*args, **kwargs):
+        made.append(1)
+        raise ValueError("no such field")
+
+    monkeypatch.setattr(module, "create_table_artifact", refused)
+    for step in range(3):  # the next try is a minute later
+        stage({"step": step, "split": "val", "loss": 1.0})
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("My.run_1/pretrain: not shown in Prefect (ValueError: no such field)") == 1
+    assert made == [1]
+
+
 def test_tags_and_assets_go_with_a_server(monkeypatch):
     from flows import server, tasks
 

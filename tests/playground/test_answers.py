@@ -14,10 +14,11 @@ from jaxlm import apply, tokenizers
 from jaxlm.chat import chat_ids
 from jaxlm.errors import InputError
 from jaxlm.loading import Loaded, start_ids
-from jaxlm.playground import answers
-from jaxlm.playground.answers import CHUNK, End, Note, answer, side_by_side, warm
+from jaxlm.playground import answers, steps
+from jaxlm.playground.answers import End, Note, answer, side_by_side
 from jaxlm.playground.explain import Token
 from jaxlm.playground.settings import EXAMPLES, USED, Settings, controls
+from jaxlm.playground.steps import CHUNK, warm
 from jaxlm.sample import Sampling, beam_loop, beam_search, generate
 
 QUICK_COMPILE = True
@@ -64,11 +65,11 @@ def test_no_setting_and_no_length_compiles_again(model, bound):
     if bound:  # to a device, as the parameters of a run are
         model = model._replace(params=jax.device_put(model.params, jax.devices()[0]))
     warm(model)
-    sizes = [answers._next._cache_size(), answers._take_in._cache_size()]
+    sizes = [steps._next._cache_size(), steps._take_in._cache_size()]
     for settings, _ in SAMPLED:
         for prompt in ("", "a", "ab", LONG):
             list(answer(model, prompt, settings))
-    assert [answers._next._cache_size(), answers._take_in._cache_size()] == sizes
+    assert [steps._next._cache_size(), steps._take_in._cache_size()] == sizes
 
 
 @pytest.mark.slow
@@ -207,7 +208,7 @@ def work(monkeypatch) -> list[str]:
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **kwargs: done.append(name) or real(*args, **kwargs))
 
-    for module, name in ((answers, "_take_in"), (answers, "_next"), (beam_loop, "begin"), (beam_loop, "go_on")):
+    for module, name in ((steps, "_take_in"), (steps, "_next"), (beam_loop, "begin"), (beam_loop, "go_on")):
         noted(module, name)
     return done
 
